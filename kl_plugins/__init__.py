@@ -1,0 +1,54 @@
+"""KL regularization for LLM reinforcement learning whose gradient is what its name says.
+
+Importing this package loads neither torch nor a host framework; names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
+    from kl_plugins.registry import KLLoss, all_losses, get_loss, register
+    from kl_plugins.spec import KLSpec
+    from kl_plugins.terms import KLTerms, kl_terms, surrogate
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ConfigError": "errors",
+    "PatchError": "errors",
+    "UnknownLossError": "errors",
+    "KLLoss": "registry",
+    "all_losses": "registry",
+    "get_loss": "registry",
+    "register": "registry",
+    "KLSpec": "spec",
+    "KLTerms": "terms",
+    "kl_terms": "terms",
+    "surrogate": "terms",
+}
+__all__ = [
+    "ConfigError",
+    "KLLoss",
+    "KLSpec",
+    "KLTerms",
+    "PatchError",
+    "UnknownLossError",
+    "all_losses",
+    "get_loss",
+    "kl_terms",
+    "register",
+    "surrogate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

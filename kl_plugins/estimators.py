@@ -1,0 +1,41 @@
+"""The pointwise part of every configuration: k1, k2, k3 and their coefficients.
+
+Functions of `log_ratio` = `logp - ref_logp` (any shape, nats) and nothing else: they do not detach, clamp, mask or
+reduce. Under samples of the current policy k1 and k3 are unbiased estimates of the local reverse KL and k2 is a
+biased one (Schulman, "Approximating KL Divergence", 2020), which says nothing about their gradients.
+
+A coefficient multiplies the score grad log pi(y_t). "k_n as loss" is d k_n / d logp, "k_n in reward" is k_n itself
+(Liu et al., arXiv 2510.01555).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def k1(log_ratio: Tensor) -> Tensor:
+    """`u`: unbiased, high variance, can be negative. Also the coefficient of `k1_in_reward` and `k2_as_loss`."""
+    return log_ratio
+
+
+def k2(log_ratio: Tensor) -> Tensor:
+    """`u^2 / 2`: biased as a value; its derivative `u` is an unbiased coefficient of the local reverse KL."""
+    return log_ratio.square() / 2
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """`exp(-u) - 1 + u`: unbiased, never negative. Written with `expm1`; overflows to inf below u = -88 (float32)."""
+    return (-log_ratio).expm1() + log_ratio
+
+
+def k1_slope(log_ratio: Tensor) -> Tensor:
+    """`1`: the expected score is zero, so this regularizes nothing."""
+    return log_ratio.new_ones(log_ratio.shape)
+
+
+def k3_slope(log_ratio: Tensor) -> Tensor:
+    """`1 - exp(-u)` as `-expm1(-u)`: the local *forward* KL. -inf below u = -88 (float32): the caller bounds it."""
+    return -(-log_ratio).expm1()

@@ -1,0 +1,256 @@
+"""Exact gradients by enumeration: what a KL term's expected gradient *is*, in float64, without sampling.
+
+A policy is a table of logits, one row per prefix, over a vocabulary and length small enough to list every sequence.
+`expected_gradient` is the probability-weighted gradient of `kl_terms` over that list; `true_gradient` differentiates
+the divergence itself. `check_loss` compares the two for what a registered loss declares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from kl_plugins.errors import ConfigError
+from kl_plugins.registry import get_loss
+from kl_plugins.spec import KLSpec
+from kl_plugins.terms import KLTerms, kl_terms
+
+RTOL = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Every sequence of up to T tokens over a vocabulary of V. Token 0 ends a sequence."""
+
+    tokens: Tensor
+    """(N, T) int64; 0 after the end."""
+    prefix: Tensor
+    """(N, T) int64: which of the S prefixes the token was drawn after, the row of a table of logits."""
+    mask: Tensor
+    """(N, T) bool: the policy drew this token."""
+    environment: Tensor
+    """(N, T) bool: the environment drew this token (a tool's answer): masked, yet later prefixes depend on it."""
+    prefixes: int
+    """S."""
+    vocabulary: int
+    """V."""
+
+
+def enumerate_sequences(vocabulary: int = 3, length: int = 4, environment: Iterable[int] = ()) -> Sequences:
+    """All sequences, ragged by an end token; the positions in `environment` are drawn by the environment."""
+    rows = []
+    for tokens in product(range(vocabulary), repeat=length):
+        end = tokens.index(0) if 0 in tokens else length
+        if not any(tokens[end:]):
+            rows.append(tokens)
+    tokens = torch.tensor(rows)
+    names: dict[tuple[int, ...], int] = {}
+    prefix = torch.tensor([[names.setdefault(row[:t], len(names)) for t in range(length)] for row in rows])
+    alive = torch.cat([torch.ones(len(rows), 1), (tokens[:, :-1] != 0).cumprod(-1)], dim=1).bool()
+    drawn = torch.zeros(length, dtype=torch.bool)
+    drawn[list(environment)] = True
+    return Sequences(
+        tokens=tokens,
+        prefix=prefix,
+        mask=alive & ~drawn,
+        environment=alive & drawn,
+        prefixes=len(names),
+        vocabulary=vocabulary,
+    )
+
+
+def structured_policies(sequences: Sequences, *, seed: int, strength: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (S, V) of a policy, a reference and a behavior policy, float64.
+
+    The first token steers: after token 1 policy and reference nearly agree, after token 2 they disagree by about
+    `strength`. On such policies the local and the sequence gradient differ, which random tables hardly show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(scale: float) -> Tensor:
+        return scale * torch.randn(sequences.prefixes, sequences.vocabulary, dtype=torch.float64, generator=generator)
+
+    reference = noise(0.5)
+    steered = torch.full((sequences.prefixes, 1), 0.1, dtype=torch.float64)
+    steered[sequences.prefix[sequences.tokens[:, 0] == 2][:, 1:].unique()] = strength
+    policy = reference + steered * noise(1.0)
+    behavior = policy + noise(0.4)
+    return policy, reference, behavior
+
+
+def token_logp(logits: Tensor, sequences: Sequences) -> Tensor:
+    """(N, T) log-probability of each token after its prefix."""
+    return logits.log_softmax(-1)[sequences.prefix, sequences.tokens]
+
+
+def sequence_probability(logits: Tensor, sequences: Sequences, environment: Tensor | None = None) -> Tensor:
+    """(N,) probability of each sequence when the policy draws its tokens and `environment` (S, V) draws the others."""
+    logp = token_logp(logits, sequences) * sequences.mask
+    if environment is not None:
+        logp = logp + token_logp(environment, sequences) * sequences.environment
+    elif sequences.environment.any():
+        raise ValueError("the sequences have environment tokens: pass the environment's logits")
+    return logp.sum(-1).exp()
+
+
+def true_gradient(
+    of: str,
+    sequences: Sequences,
+    policy: Tensor,
+    reference: Tensor,
+    *,
+    environment: Tensor | None = None,
+    prefixes_of: Tensor | None = None,
+) -> Tensor:
+    """(S, V) gradient of a divergence with respect to the policy's logits, by differentiating the divergence.
+
+    Args:
+        of: `"reverse_kl"`, `"forward_kl"` (of whole sequences), `"local_reverse_kl"`, `"local_forward_kl"` (the sum
+            of next-token divergences with the distribution of prefixes held fixed) or `"zero"`.
+        prefixes_of: The logits whose prefix distribution a local divergence is taken under; None: the policy's.
+    """
+    theta = policy.detach().clone().requires_grad_()
+    if of == "zero":
+        return torch.zeros_like(policy)
+    if of in ("reverse_kl", "forward_kl"):
+        gap = ((token_logp(theta, sequences) - token_logp(reference, sequences)) * sequences.mask).sum(-1)
+        if of == "reverse_kl":
+            divergence = (sequence_probability(theta, sequences, environment) * gap).sum()
+        else:
+            divergence = -(sequence_probability(reference, sequences, environment) * gap).sum()
+    elif of in ("local_reverse_kl", "local_forward_kl"):
+        visitor = (policy if prefixes_of is None else prefixes_of).detach()
+        visits = prefix_probability(visitor, sequences, environment)
+        p, q = theta.log_softmax(-1), reference.log_softmax(-1)
+        local = (p.exp() * (p - q)).sum(-1) if of == "local_reverse_kl" else (q.exp() * (q - p)).sum(-1)
+        divergence = (visits * local).sum()
+    else:
+        raise ConfigError(f"no divergence is called {of!r}")
+    return torch.autograd.grad(divergence, theta)[0]
+
+
+def prefix_probability(logits: Tensor, sequences: Sequences, environment: Tensor | None = None) -> Tensor:
+    """(S,) probability that the policy has to draw a token after each prefix; 0 where the environment draws."""
+    probability = sequence_probability(logits, sequences, environment)
+    visits = torch.zeros(sequences.prefixes, dtype=torch.float64)
+    return visits.index_put(
+        (sequences.prefix[sequences.mask],), probability[:, None].expand_as(sequences.mask)[sequences.mask], True
+    )
+
+
+def expected_gradient(
+    spec: KLSpec,
+    sequences: Sequences,
+    policy: Tensor,
+    reference: Tensor,
+    *,
+    behavior: Tensor | None = None,
+    environment: Tensor | None = None,
+    group_size: int = 1,
+) -> Tensor:
+    """(S, V) exact expected gradient of the summed `kl_terms(...).loss` with respect to the policy's logits.
+
+    Args:
+        behavior: Logits of the policy that samples, whose log-probs are passed as `behavior_logp`; None: on-policy.
+        group_size: With more than 1, every *group* of that many sequences is enumerated (N ** group_size of them).
+    """
+    theta = policy.detach().clone().requires_grad_()
+    rows, probability = _groups(sequences, policy if behavior is None else behavior, environment, group_size)
+    terms = terms_of(spec, sequences, theta, reference, behavior=behavior, rows=rows, group_size=group_size)
+    loss = (probability[:, None] * terms.loss.view(len(probability), -1)).sum() / group_size
+    return torch.autograd.grad(loss, theta)[0]
+
+
+def second_moment(
+    spec: KLSpec, sequences: Sequences, policy: Tensor, reference: Tensor, *, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Exact on-policy mean (S, V) and total variance of the group-mean gradient, by enumerating every group."""
+    rows, probability = _groups(sequences, policy, None, group_size)
+    terms = terms_of(spec, sequences, policy, reference, rows=rows, group_size=group_size)
+    table = policy.softmax(-1)
+    score = torch.nn.functional.one_hot(sequences.tokens, sequences.vocabulary) - table[sequences.prefix]
+    gradient = torch.zeros(len(probability), *policy.shape, dtype=policy.dtype)
+    group = torch.arange(len(rows)) // group_size
+    weighted = terms.score_coefficient[..., None] * score[rows] / group_size
+    gradient.index_put_((group[:, None].expand_as(sequences.prefix[rows]), sequences.prefix[rows]), weighted, True)
+    mean = (probability[:, None, None] * gradient).sum(0)
+    return mean, (probability * (gradient - mean).square().sum((1, 2))).sum()
+
+
+def terms_of(
+    spec: KLSpec,
+    sequences: Sequences,
+    policy: Tensor,
+    reference: Tensor,
+    *,
+    behavior: Tensor | None = None,
+    rows: Tensor | None = None,
+    group_size: int = 1,
+) -> KLTerms:
+    """`kl_terms` on the enumerated sequences (or on `rows` of them). Positions that don't count hold NaN."""
+    rows = torch.arange(len(sequences.tokens)) if rows is None else rows
+    mask = sequences.mask[rows]
+
+    def logp_of(logits: Tensor) -> Tensor:
+        return token_logp(logits, sequences)[rows].masked_fill(~mask, torch.nan)
+
+    return kl_terms(
+        spec,
+        logp=logp_of(policy),
+        ref_logp=logp_of(reference),
+        mask=mask,
+        behavior_logp=None if behavior is None else logp_of(behavior),
+        group_size=group_size if group_size > 1 else None,
+    )
+
+
+def _groups(
+    sequences: Sequences, sampler: Tensor, environment: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Row indices (N ** group_size * group_size,) of every group in turn, and each group's probability."""
+    probability = sequence_probability(sampler.detach(), sequences, environment)
+    members = torch.cartesian_prod(*[torch.arange(len(probability))] * group_size).view(-1, group_size)
+    return members.flatten(), probability[members].prod(-1)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, or |found| where nothing is expected (Euclidean norms)."""
+    scale = expected.norm()
+    return float((found - expected).norm() / (scale if scale > 0 else 1))
+
+
+def check_loss(name: str) -> None:
+    """Prove by enumeration that every credit of a registered loss has the on-policy gradient that it declares.
+
+    Raises `ConfigError` with the declared and the found gradient otherwise. A loss that declares `"biased"` must
+    differ from every named divergence, and from zero.
+    """
+    loss = get_loss(name)
+    for credit, declared in loss.gradient_of.items():
+        spec = KLSpec(name=name, credit=credit, allow_biased=True)
+        found = _matches(spec)
+        if declared not in found and not (declared == "biased" and not found):
+            raise ConfigError(
+                f"KL loss {name!r} declares gradient_of={declared!r} for credit={credit!r}, but its exact expected "
+                f"gradient is {' or '.join(found) or 'that of none of the named divergences (biased)'}: "
+                "correct the declaration or the coefficient"
+            )
+
+
+def _matches(spec: KLSpec) -> list[str]:
+    """The named gradients that the exact expected gradient equals, on every structured policy tried."""
+    named = ["reverse_kl", "local_reverse_kl", "forward_kl", "local_forward_kl", "zero"]
+    sequences = enumerate_sequences()
+    for seed, strength in ((0, 1.0), (1, 2.0), (2, 3.0)):
+        policy, reference, _ = structured_policies(sequences, seed=seed, strength=strength)
+        gradient = expected_gradient(spec, sequences, policy, reference)
+        named = [
+            of
+            for of in named
+            if relative_error(gradient, true_gradient(of, sequences, policy, reference)) <= RTOL
+        ]
+    return named

@@ -1,0 +1,173 @@
+"""`KLSpec`: a configuration and its options, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from kl_plugins.errors import ConfigError, refuse
+from kl_plugins.registry import KLLoss, get_loss
+
+OFF_POLICY = ("none", "token", "prefix", "sequence")
+WEIGHT_CLIP_MODES = ("truncate", "mask")
+BASELINES = (None, "leave_one_out")
+CLIPS = (None, "separate", "combined")
+NONFINITE = ("error", "drop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLSpec:
+    """One KL configuration, as `kl_plugins.kl_terms` computes it.
+
+    Raises:
+        `UnknownLossError`: nobody registered `name`.
+        `ConfigError`: an option doesn't exist, is out of range, isn't used by what was chosen, or the expected
+            gradient is zero or biased and `allow_biased` is not set. All problems at once.
+    """
+
+    name: str
+    """A registered loss, see `kl-plugins explain`."""
+    credit: str | None = None
+    """Which coefficients a token answers for: `"token"` its own, `"to_go"` those from it on, `"sequence"` all of
+    them. `None` becomes the loss's default."""
+    gamma: float = 1.0
+    """Discount per position of `credit="to_go"`, in [0, 1]. Between 0 and 1 the gradient lies between the local and
+    the sequence KL and is that of neither: it needs `allow_biased`."""
+    off_policy: str = "token"
+    """Importance weight: `"none"` (right only on-policy), `"token"` rho_t, `"prefix"` the product of rho up to the
+    token, `"sequence"` the product of all. Without `behavior_logp` every weight is 1."""
+    weight_clip: tuple[float, float] = (0.0, 10.0)
+    """Bounds (low, high) of the importance weight; high may be inf."""
+    weight_clip_mode: str = "truncate"
+    """Outside the bounds: `"truncate"` to them, or `"mask"` (weight 0)."""
+    baseline: str | None = None
+    """`"leave_one_out"` subtracts the mean coefficient of the other members of a prompt's group at the position."""
+    clip: str | None = None
+    """PPO's clip on the coefficient as a cost: `"separate"` gives the KL a clipped head of its own, `"combined"` is
+    for hosts that put the coefficient into a per-token advantage, under the policy's own ratio and clip."""
+    clip_epsilon: float = 0.2
+    """Half width of PPO's clip range around a ratio of 1, in (0, 1)."""
+    coefficient_bound: float | None = None
+    """Largest |coefficient|, for losses with an exponential in it. `None` is the largest finite number of the dtype:
+    it only keeps an overflow from becoming inf. A bounded coefficient never becomes 0."""
+    nonfinite: str = "error"
+    """A NaN or inf log-prob at a counted token: `"error"`, or `"drop"` the token and count it."""
+    allow_biased: bool = False
+    """Let a configuration through whose expected gradient is zero or biased (for ablations)."""
+
+    def __post_init__(self) -> None:
+        loss = get_loss(self.name)
+        if self.credit is None:
+            object.__setattr__(self, "credit", loss.default_credit)
+        refuse(_bad_values(self, loss))
+        object.__setattr__(self, "weight_clip", tuple(float(bound) for bound in self.weight_clip))
+        refuse(_unused_options(self, loss) + _refused_gradient(self, loss))
+
+    @classmethod
+    def from_name(cls, name: str, **options: Any) -> KLSpec:
+        """`KLSpec.from_name("k2_as_loss", off_policy="token")`; an unknown option is a `ConfigError`."""
+        known = [field.name for field in fields(cls) if field.name != "name"]
+        problems = []
+        for option in options:
+            if option not in known:
+                close = get_close_matches(option, known, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                problems.append(f"unknown KL option {option!r}: {hint}options are {', '.join(known)}")
+        refuse(problems)
+        return cls(name=name, **options)
+
+    @property
+    def loss(self) -> KLLoss:
+        """The registered record."""
+        return get_loss(self.name)
+
+    @property
+    def gradient_of(self) -> str:
+        """The expected on-policy gradient: `"reverse_kl"`, `"local_reverse_kl"`, `"forward_kl"`,
+        `"local_forward_kl"`, `"zero"` or `"biased"`."""
+        declared = self.loss.gradient_of[str(self.credit)]
+        if declared in ("zero", "biased") or self.credit != "to_go" or self.gamma == 1:
+            return declared
+        return self.loss.gradient_of.get("token", "biased") if self.gamma == 0 else "biased"
+
+
+def _bad_values(spec: KLSpec, loss: KLLoss) -> list[str]:
+    choices = {
+        "credit": tuple(loss.gradient_of),
+        "off_policy": OFF_POLICY,
+        "weight_clip_mode": WEIGHT_CLIP_MODES,
+        "baseline": BASELINES,
+        "clip": CLIPS,
+        "nonfinite": NONFINITE,
+    }
+    problems = [
+        f"{option}={getattr(spec, option)!r} is not offered by {spec.name}: choose from {', '.join(map(repr, offered))}"
+        for option, offered in choices.items()
+        if getattr(spec, option) not in offered
+    ]
+    if not _is_number(spec.gamma) or not 0 <= spec.gamma <= 1:
+        problems.append(f"gamma={spec.gamma!r}: a discount is a number in [0, 1]")
+    if not _is_number(spec.clip_epsilon) or not 0 < spec.clip_epsilon < 1:
+        problems.append(f"clip_epsilon={spec.clip_epsilon!r}: PPO's clip range is a number in (0, 1)")
+    bound = spec.coefficient_bound
+    if bound is not None and not (_is_number(bound) and 0 < bound < math.inf):
+        problems.append(f"coefficient_bound={bound!r}: a bound is a positive finite number, or None")
+    return problems + _bad_weight_clip(spec.weight_clip)
+
+
+def _bad_weight_clip(weight_clip: Any) -> list[str]:
+    if isinstance(weight_clip, tuple | list) and len(weight_clip) == 2 and all(map(_is_number, weight_clip)):
+        low, high = weight_clip
+        if 0 <= low <= 1 <= high and low < high:
+            return []
+    return [
+        f"weight_clip={weight_clip!r}: give (low, high) with 0 <= low <= 1 <= high, so that an on-policy weight of 1 "
+        "is left alone"
+    ]
+
+
+def _unused_options(spec: KLSpec, loss: KLLoss) -> list[str]:
+    """Options that were changed but that the rest of the configuration never reads."""
+    unused = {
+        "gamma": "only credit='to_go' discounts" if spec.credit != "to_go" else "",
+        "weight_clip": "off_policy='none' has no weights" if spec.off_policy == "none" else "",
+        "weight_clip_mode": "off_policy='none' has no weights" if spec.off_policy == "none" else "",
+        "clip_epsilon": "only clip='separate' and clip='combined' clip" if spec.clip is None else "",
+        "coefficient_bound": "" if loss.may_overflow else "its coefficient grows no faster than the log-ratio squared",
+    }
+    defaults = {field.name: field.default for field in fields(KLSpec)}
+    problems = [
+        f"{option}={getattr(spec, option)!r} is not used by {spec.name} as configured: {why}; leave it out"
+        for option, why in unused.items()
+        if why and getattr(spec, option) != defaults[option]
+    ]
+    if spec.clip is not None and spec.off_policy != "token":
+        problems.append(
+            f"clip={spec.clip!r} clips the token ratio, but off_policy={spec.off_policy!r} was asked for: use "
+            "off_policy='token', or leave clip out"
+        )
+    return problems
+
+
+def _refused_gradient(spec: KLSpec, loss: KLLoss) -> list[str]:
+    if spec.allow_biased or spec.gradient_of not in ("zero", "biased"):
+        return []
+    if loss.gradient_of[str(spec.credit)] != spec.gradient_of:
+        return [
+            f"{spec.name} with gamma={spec.gamma}: the expected gradient is that of neither the local nor the "
+            f"sequence KL; use gamma=1 (or credit='token'), or pass allow_biased=True if the discount is meant"
+        ]
+    found = f"{spec.gradient_of} ({loss.expected})" if loss.expected else spec.gradient_of
+    return [
+        f"{spec.name} was asked for, but its expected gradient is {found}: use {loss.instead or 'another loss'} "
+        "instead, or pass allow_biased=True for an ablation"
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+__all__ = ["ConfigError", "KLSpec"]

@@ -1,0 +1,252 @@
+"""`kl_terms`: from log-probabilities to a per-token loss with the right gradient.
+
+Everything stands on one surrogate (Liu et al., arXiv 2510.01555, section on "in reward" and "as loss"),
+
+    loss_t = detach(v_t) + detach(w_t * c_t) * (logp_t - detach(logp_t)),
+
+whose forward value is the estimate v_t and whose gradient is w_t * c_t * grad log pi(y_t).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kl_plugins.errors import ConfigError
+from kl_plugins.spec import KLSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLTerms:
+    """What `kl_terms` returns. Every (B, T) tensor but `loss` is detached and 0 where a token doesn't count."""
+
+    loss: Tensor
+    """(B, T), nats. Forward value `value`, gradient `score_coefficient * grad logp`."""
+    value: Tensor
+    """(B, T), nats. The unweighted per-token KL estimate."""
+    coefficient: Tensor
+    """(B, T). c_t, with credit assigned and the baseline subtracted, before any importance weight."""
+    weight: Tensor
+    """(B, T). w_t, after `weight_clip` and `clip="separate"`."""
+    score_coefficient: Tensor
+    """(B, T). What multiplies the score: `weight * coefficient`, except with `off_policy="prefix"` and credit
+    `"to_go"` or `"sequence"`, where each log-ratio carries the weight of the prefix it was drawn with."""
+    log_ratio: Tensor
+    """(B, T), nats. `logp - ref_logp`."""
+    mask: Tensor
+    """(B, T) bool. The tokens that counted: `mask` less what `nonfinite="drop"` dropped."""
+    cut: Tensor
+    """(B, T) bool. Tokens whose importance weight was truncated, masked or clipped."""
+    unscored: Tensor
+    """(B, T) bool. Counted tokens whose `behavior_logp` was NaN, and whose ratio was taken as 1."""
+    dropped: Tensor
+    """(B, T) bool. Tokens that `nonfinite="drop"` dropped."""
+
+
+def kl_terms(
+    spec: KLSpec,
+    *,
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    behavior_logp: Tensor | None = None,
+    group_size: int | None = None,
+    baseline: Tensor | None = None,
+) -> KLTerms:
+    """The KL-to-reference term of a batch of sampled sequences.
+
+    Args:
+        spec: The configuration.
+        logp: (B, T), nats, the current policy's, with its graph. Half precision is cast to float32 here, once.
+        ref_logp: (B, T), nats, the frozen reference's.
+        mask: (B, T) of 0 and 1 (or bool), 1 where the token counts. A masked position contributes exactly nothing,
+            whatever it holds.
+        behavior_logp: (B, T), nats, of the policy that sampled the tokens: the rollout engine's own if known, else
+            the trainer's old policy. None: on-policy. NaN (not scored by the engine): ratio 1 at that token, counted.
+        group_size: Completions per prompt, consecutive rows; needed by `baseline="leave_one_out"`.
+        baseline: (B, T), a baseline computed elsewhere from *other* samples, used instead of the batch's own groups.
+
+    Returns:
+        `KLTerms`. The sum of `loss` over tokens, averaged over sequences, has the expected gradient
+        `spec.gradient_of` on-policy; `spec.off_policy` says what of it remains true off-policy.
+
+    Raises:
+        `ValueError`: shapes that differ, a mask that isn't 0/1, a NaN or inf at a counted token (unless
+            `spec.nonfinite="drop"`), or groups that don't divide the batch.
+        `ConfigError`: `baseline="leave_one_out"` with neither `group_size` nor `baseline`.
+    """
+    logp, ref_logp, behavior_logp, counted, dropped = _checked(spec, logp, ref_logp, mask, behavior_logp)
+    live, log_ratio = logp, (logp - ref_logp).detach()
+    unscored = behavior_logp.isnan()
+    log_rho = torch.where(unscored, 0.0, live.detach() - behavior_logp)
+
+    loss = spec.loss
+    pointwise = torch.where(counted, _finite(loss.coefficient(log_ratio), spec.coefficient_bound), 0.0)
+    value = torch.where(counted, _finite(loss.value(log_ratio)), 0.0)
+    coefficient = torch.where(counted, _finite(assign_credit(pointwise, spec.credit, spec.gamma)), 0.0)
+    subtracted = _baseline(spec, coefficient, counted, group_size, baseline)
+
+    weight, cut = importance_weight(log_rho, counted, spec)
+    if spec.clip is not None:
+        weight, cut = _ppo_clip(weight, cut, log_rho, coefficient - subtracted, spec.clip_epsilon)
+    weighted = _weighted_credit(pointwise, coefficient, weight, spec)
+    score_coefficient = torch.where(counted, _finite(weighted - _finite(weight * subtracted)), 0.0)
+    return KLTerms(
+        loss=surrogate(logp=live, value=value, score_coefficient=score_coefficient),
+        value=value,
+        coefficient=coefficient - subtracted,
+        weight=weight,
+        score_coefficient=score_coefficient,
+        log_ratio=log_ratio,
+        mask=counted,
+        cut=cut,
+        unscored=unscored,
+        dropped=dropped,
+    )
+
+
+def surrogate(*, logp: Tensor, value: Tensor, score_coefficient: Tensor) -> Tensor:
+    """`detach(value) + detach(score_coefficient) * (logp - detach(logp))`, all (B, T).
+
+    Its gradient is `score_coefficient * grad logp`: no exp() in the backward pass, nothing to overflow or cancel.
+    """
+    return value.detach() + score_coefficient.detach() * (logp - logp.detach())
+
+
+def assign_credit(x: Tensor, credit: str | None, gamma: float = 1.0) -> Tensor:
+    """Sum per-token terms (B, T) over the tokens that each token answers for.
+
+    `"token"`: x_t. `"to_go"`: sum_{s>=t} gamma^(s-t) x_s. `"sequence"`: sum_s x_s, at every t.
+    """
+    if credit == "sequence":
+        return x.sum(-1, keepdim=True).expand_as(x)
+    if credit == "to_go":
+        shift, length = 1, x.size(-1)
+        while shift < length:  # parallel scan: after step k, position t holds its first 2^k terms
+            x = x + gamma * torch.nn.functional.pad(x[:, shift:], (0, shift))
+            shift, gamma = 2 * shift, gamma * gamma
+    return x
+
+
+def leave_one_out(coefficient: Tensor, mask: Tensor, group_size: int, credit: str | None) -> Tensor:
+    """For each row of (B, T) the mean coefficient of the *other* rows of its group at the same position.
+
+    Groups are `group_size` consecutive rows. Only members that have something to answer for at the position are
+    averaged; where there is none the baseline is 0. A row's own coefficient has no part in it, not even by rounding,
+    so that the expected gradient is unchanged (Ahmadian et al., arXiv 2402.14740).
+    """
+    batch, length = coefficient.shape
+    if group_size < 2 or batch % group_size:
+        raise ValueError(
+            f"leave_one_out with group_size={group_size} on a batch of {batch} rows: groups must have at least 2 "
+            "members and divide the batch; pass the number of completions per prompt"
+        )
+    answers = assign_credit(mask.to(coefficient.dtype), credit) > 0
+    others = 1 - torch.eye(group_size, dtype=coefficient.dtype, device=coefficient.device)
+    count = torch.einsum("ij,gjt->git", others, answers.to(coefficient.dtype).view(-1, group_size, length))
+    total = torch.einsum("ij,gjt->git", others / group_size, coefficient.view(-1, group_size, length))
+    return (total * (group_size / count.clamp(min=1))).reshape(batch, length)
+
+
+def importance_weight(log_rho: Tensor, mask: Tensor, spec: KLSpec) -> tuple[Tensor, Tensor]:
+    """The bounded importance weight and where it was cut, both (B, T).
+
+    Args:
+        log_rho: log pi_theta - log mu per token, 0 where the token doesn't count.
+        mask: bool.
+        spec: `off_policy`, `weight_clip` and `weight_clip_mode` are read.
+
+    An unbounded weight saturates at the square root of the largest finite number, so that its square is finite.
+    """
+    if spec.off_policy == "prefix":
+        log_rho = log_rho.cumsum(-1)
+    elif spec.off_policy == "sequence":
+        log_rho = log_rho.sum(-1, keepdim=True).expand_as(log_rho)
+    elif spec.off_policy == "none":
+        log_rho = torch.zeros_like(log_rho)
+    low, high = spec.weight_clip
+    ceiling = math.sqrt(torch.finfo(log_rho.dtype).max)
+    ratio = log_rho.exp()
+    cut = mask & ((ratio < low) | (ratio > min(high, ceiling)))
+    bounded = ratio.clamp(low, min(high, ceiling)) if spec.weight_clip_mode == "truncate" else ratio.masked_fill(cut, 0)
+    return torch.where(mask, bounded, 0.0), cut
+
+
+def _ppo_clip(weight: Tensor, cut: Tensor, log_rho: Tensor, cost: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Zero weight where the gradient of max(rho c, clip(rho, 1 - eps, 1 + eps) c) is zero (PPO, with advantage -c)."""
+    rho = log_rho.exp()
+    clipped = ((cost > 0) & (rho < 1 - epsilon)) | ((cost < 0) & (rho > 1 + epsilon))
+    return weight.masked_fill(clipped, 0), cut | clipped
+
+
+def _weighted_credit(pointwise: Tensor, coefficient: Tensor, weight: Tensor, spec: KLSpec) -> Tensor:
+    """w_t * c_t; with prefix weights the terms of c_t at s are weighted by the ratios up to max(s, t) instead.
+
+    That is unbiased, since E_mu[prod_{r<=max(s,t)} rho_r u_s score_t] = E_pi[u_s score_t].
+    """
+    if spec.off_policy != "prefix" or spec.credit == "token":
+        return _finite(weight * coefficient)
+    later = assign_credit(_finite(weight * pointwise), "to_go", spec.gamma)
+    if spec.credit == "to_go":
+        return _finite(later)
+    earlier = torch.nn.functional.pad(pointwise.cumsum(-1)[:, :-1], (1, 0))
+    return _finite(later + _finite(weight * earlier))
+
+
+def _baseline(
+    spec: KLSpec, coefficient: Tensor, mask: Tensor, group_size: int | None, given: Tensor | None
+) -> Tensor:
+    if spec.baseline is None:
+        return torch.zeros_like(coefficient)
+    if given is not None:
+        _same_shape({"logp": mask, "baseline": given})
+        return torch.where(mask, given.to(coefficient.dtype), 0.0)
+    if group_size is None:
+        raise ConfigError("baseline='leave_one_out' was asked for without groups: pass group_size (or baseline)")
+    return torch.where(mask, leave_one_out(coefficient, mask, group_size, spec.credit), 0.0)
+
+
+def _finite(x: Tensor, bound: float | None = None) -> Tensor:
+    limit = torch.finfo(x.dtype).max if bound is None else bound
+    return x.clamp(-limit, limit)
+
+
+def _checked(
+    spec: KLSpec, logp: Tensor, ref_logp: Tensor, mask: Tensor, behavior_logp: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inputs in full precision with 0 at every position that doesn't count, the counted and the dropped positions."""
+    behavior_logp = logp.detach() if behavior_logp is None else behavior_logp.detach()
+    _same_shape({"logp": logp, "ref_logp": ref_logp, "mask": mask, "behavior_logp": behavior_logp})
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    logp, ref_logp, behavior_logp = (x.to(dtype) for x in (logp, ref_logp.detach(), behavior_logp))
+    counted = mask.bool()
+    not_binary = (mask != 0) & (mask != 1)
+    nonfinite = counted & ~(logp.isfinite() & ref_logp.isfinite() & ~behavior_logp.isinf())
+    any_not_binary, any_nonfinite = torch.stack([not_binary.any(), nonfinite.any()]).tolist()  # one sync
+    if any_not_binary:
+        raise ValueError(f"mask must be 0 or 1, found {mask[not_binary][0].item()}: 1 counts a token, 0 leaves it out")
+    if any_nonfinite and spec.nonfinite == "error":
+        raise ValueError(_nonfinite_message(nonfinite, logp=logp, ref_logp=ref_logp, behavior_logp=behavior_logp))
+    counted = counted & ~nonfinite
+    logp, ref_logp, behavior_logp = (torch.where(counted, x, 0.0) for x in (logp, ref_logp, behavior_logp))
+    return logp, ref_logp, behavior_logp, counted, nonfinite
+
+
+def _same_shape(tensors: dict[str, Tensor]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"kl_terms needs (batch, tokens) tensors of one shape, found {found}")
+
+
+def _nonfinite_message(where: Tensor, **tensors: Tensor) -> str:
+    row, column = where.nonzero()[0].tolist()
+    found = ", ".join(f"{name}={tensor[row, column].item()}" for name, tensor in tensors.items())
+    return (
+        f"{int(where.sum())} counted tokens have a log-probability that is not finite, the first at row {row}, "
+        f"position {column}: {found}; mask them, mend the model that gave them, or drop and count them with "
+        "nonfinite='drop'"
+    )
