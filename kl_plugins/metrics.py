@@ -1,0 +1,45 @@
+"""The numbers that are logged: sums that ranks and micro-batches can add up, and what they mean.
+
+Names as in the project's contract: `kl/k1`, `kl/k2`, `kl/k3` are plain token means of the three estimates (nats,
+detached, unweighted), `kl/loss` the token mean of the added term after beta, `kl/ess` the effective sample size
+(sum w)^2 / sum w^2 as a share of tokens, `kl/clipped` the share of weights cut, `kl/unscored` and `kl/dropped` counts
+of tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kl_plugins.estimators import k1, k2, k3
+from kl_plugins.terms import KLTerms
+
+_SUMS = ("tokens", "k1", "k2", "k3", "value", "weight", "weight_squared", "cut", "unscored", "dropped")
+
+
+def kl_sums(terms: KLTerms) -> Tensor:
+    """(10,) sums over the counted tokens, to be added over ranks before `kl_metrics` reads them."""
+    u, weight = terms.log_ratio, terms.weight
+    sums = (terms.mask, k1(u), k2(u), k3(u), terms.value, weight, weight.square(), terms.cut, terms.unscored)
+    # A masked position holds log_ratio 0 and weight 0, so every sum is over counted tokens already.
+    return torch.stack([x.sum(dtype=u.dtype) for x in (*sums, terms.dropped)])
+
+
+def kl_metrics(sums: Tensor, *, weight_max: Tensor, beta: float) -> dict[str, float]:
+    """The logged numbers, as Python floats (one device sync). A batch without a counted token gives zeros."""
+    *values, largest = torch.cat([sums, weight_max.reshape(1).to(sums.dtype)]).tolist()
+    total = dict(zip(_SUMS, values, strict=True))
+    tokens = max(total["tokens"], 1.0)
+    squares = total["weight_squared"]
+    return {
+        "kl/k1": total["k1"] / tokens,
+        "kl/k2": total["k2"] / tokens,
+        "kl/k3": total["k3"] / tokens,
+        "kl/loss": beta * total["value"] / tokens,
+        "kl/ess": total["weight"] ** 2 / squares / tokens if squares else 0.0,
+        "kl/weight_max": largest,
+        "kl/clipped": total["cut"] / tokens,
+        "kl/unscored": total["unscored"],
+        "kl/dropped": total["dropped"],
+        "kl/beta": beta,
+    }

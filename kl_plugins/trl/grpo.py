@@ -1,0 +1,77 @@
+"""`GRPOTrainer`: TRL's own, with `kl_plugins.kl_terms` in the place of its k3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+
+from kl_plugins.trl.seam import host_kl_replaced
+from kl_plugins.trl.trainer import KLTrainer
+
+
+class GRPOTrainer(KLTrainer, trl.GRPOTrainer):
+    """[`trl.GRPOTrainer`] whose KL-to-reference term is the one that `GRPOConfig(kl=...)` names.
+
+    TRL scores the completions once with gradients; the term is built from those log-probs and handed back at the
+    place where TRL adds `beta * per_token_kl` to its per-token loss, so that every `loss_type` normalizes it as it
+    does its own. With `kl_clip="combined"` it goes into the per-token advantage instead, after group normalization.
+    """
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.kl_spec is None:
+            return super()._compute_loss(model, inputs)
+        inputs = dict(inputs)
+        added: list[Tensor] = []
+
+        def see(logp: Tensor) -> None:
+            terms = self.compute_kl_terms(logp, inputs)
+            self._log_kl(terms)
+            term = float(self.beta) * terms.loss
+            if self.kl_spec.clip == "combined":
+                advantages = inputs["advantages"]
+                advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+                inputs["advantages"] = advantages - float(self.beta) * terms.coefficient
+                term = torch.zeros_like(term)
+            added.append(term)
+
+        with self._logps_seen_by(see, times=1), host_kl_replaced(self, lambda host_kl: added[0]):
+            return super()._compute_loss(model, inputs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.kl_spec is not None and self.kl_spec.baseline is not None:
+            output["kl_baseline"] = self._rollout_baseline(self._rollout_logp(output), output)
+        return output
+
+    def _rollout_logp(self, output: dict[str, Any]) -> Tensor:
+        """(B, T) log-probs at rollout. TRL has them unless the batch is on-policy without vLLM: then score once."""
+        for name in ("sampling_per_token_logps", "old_per_token_logps"):
+            if name in output:
+                return output[name]
+        with torch.no_grad():
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                output["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                **{name: output[name] for name in _MULTIMODAL if name in output},
+            )
+        return logps
+
+
+_MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)

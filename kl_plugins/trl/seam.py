@@ -1,0 +1,70 @@
+"""`HostBeta`: where TRL multiplies its `beta` with its own KL, it gets the term that was asked for instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from kl_plugins.errors import PatchError
+
+
+class HostBeta(float):
+    """A `beta` that the host reads, compares and logs as the number it is, but whose product with a tensor is `term`.
+
+    TRL adds its KL as `self.beta * per_token_kl` (GRPO, to the per-token loss) and `self.beta * kl` (RLOO, to the
+    reward). Answering that product leaves the host's own reduction, scaling and metrics exactly as they are, and its
+    own KL out of the graph. `calls` counts the products, so that a host that stopped asking is noticed.
+    """
+
+    term: Callable[[Tensor], Tensor]
+    calls: int
+
+    def __new__(cls, beta: float, term: Callable[[Tensor], Tensor]) -> HostBeta:
+        self = super().__new__(cls, beta)
+        self.term, self.calls = term, 0
+        return self
+
+    def __mul__(self, other: Any) -> Any:
+        if not isinstance(other, Tensor):
+            return float(self) * other
+        self.calls += 1
+        return self.term(other)
+
+    __rmul__ = __mul__
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a saved or copied config holds a plain number
+        return float, (float(self),)
+
+
+@contextmanager
+def host_kl_replaced(trainer: Any, term: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While active, what `trainer` computes as `self.beta * its_own_kl` is `term(its_own_kl)`.
+
+    Raises `PatchError` if the host never asked for it, or asked more than once.
+    """
+    beta = float(trainer.beta)
+    trainer.beta = replaced = HostBeta(beta, term)
+    try:
+        yield
+    finally:
+        trainer.beta = beta
+    if replaced.calls != (0 if beta == 0 else 1):
+        raise PatchError(
+            f"{type(trainer).__name__} was expected to add its KL term once as beta * kl, but did so "
+            f"{replaced.calls} times: this TRL computes it elsewhere; install a tested version or set kl=None"
+        )
+
+
+def unclaimed_beta(beta: float) -> HostBeta:
+    """The `beta` of a config with `kl` set, until one of our trainers takes it: in TRL's own trainer it raises."""
+
+    def refuse(_: Tensor) -> Tensor:
+        raise PatchError(
+            "kl is set in a kl_plugins.trl config, but the trainer is TRL's own and would ignore it: use the trainer "
+            "of the same name from kl_plugins.trl, or set kl=None"
+        )
+
+    return HostBeta(beta, refuse)
