@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
     from kl_plugins.registry import KLLoss, all_losses, get_loss, register
     from kl_plugins.spec import KLSpec
-    from kl_plugins.terms import KLTerms, kl_terms, surrogate
+    from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, surrogate
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ _HOME = {
     "KLSpec": "spec",
     "KLTerms": "terms",
     "kl_terms": "terms",
+    "leave_one_out_baseline": "terms",
     "surrogate": "terms",
 }
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "all_losses",
     "get_loss",
     "kl_terms",
+    "leave_one_out_baseline",
     "register",
     "surrogate",
 ]

@@ -83,11 +83,10 @@ def kl_terms(
     unscored = behavior_logp.isnan()
     log_rho = torch.where(unscored, 0.0, live.detach() - behavior_logp)
 
-    loss = spec.loss
-    pointwise = torch.where(counted, _finite(loss.coefficient(log_ratio), spec.coefficient_bound), 0.0)
-    value = torch.where(counted, _finite(loss.value(log_ratio)), 0.0)
-    coefficient = torch.where(counted, _finite(assign_credit(pointwise, spec.credit, spec.gamma)), 0.0)
-    subtracted = _baseline(spec, coefficient, counted, group_size, baseline)
+    pointwise, credited = _credited(spec, log_ratio, counted)
+    value = torch.where(counted, _finite(spec.loss.value(log_ratio)), 0.0)
+    coefficient = torch.where(counted, credited, 0.0)
+    subtracted = torch.where(counted, _baseline(spec, credited, counted, group_size, baseline), 0.0)
 
     weight, cut = importance_weight(log_rho, counted, spec)
     if spec.clip is not None:
@@ -131,24 +130,43 @@ def assign_credit(x: Tensor, credit: str | None, gamma: float = 1.0) -> Tensor:
     return x
 
 
-def leave_one_out(coefficient: Tensor, mask: Tensor, group_size: int, credit: str | None) -> Tensor:
-    """For each row of (B, T) the mean coefficient of the *other* rows of its group at the same position.
+def leave_one_out_baseline(
+    spec: KLSpec, *, logp: Tensor, ref_logp: Tensor, mask: Tensor, group_size: int
+) -> Tensor:
+    """(B, T) `baseline` for `kl_terms`: for each row the mean coefficient of the *other* rows of its group.
 
-    Groups are `group_size` consecutive rows. Only members that have something to answer for at the position are
-    averaged; where there is none the baseline is 0. A row's own coefficient has no part in it, not even by rounding,
-    so that the expected gradient is unchanged (Ahmadian et al., arXiv 2402.14740).
+    For hosts that split groups over micro-batches or processes: computed once from whole groups (consecutive rows)
+    and the log-probs at rollout. It is a function of other samples, so that the expected gradient stays what it was
+    when the policy has moved on. Arguments and errors as those of `kl_terms`.
     """
-    batch, length = coefficient.shape
+    logp, ref_logp, _, counted, _ = _checked(spec, logp.detach(), ref_logp, mask, None)
+    _, credited = _credited(spec, logp - ref_logp, counted)
+    return _leave_one_out(credited, counted, group_size, spec.credit)
+
+
+def _credited(spec: KLSpec, log_ratio: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) coefficients before and after credit is assigned. A masked token can still answer for later ones."""
+    pointwise = torch.where(counted, _finite(spec.loss.coefficient(log_ratio), spec.coefficient_bound), 0.0)
+    return pointwise, _finite(assign_credit(pointwise, spec.credit, spec.gamma))
+
+
+def _leave_one_out(credited: Tensor, counted: Tensor, group_size: int, credit: str | None) -> Tensor:
+    """The mean over the other members of a group (consecutive rows), at the same position.
+
+    Only members that have something to answer for at the position are averaged; where there is none the baseline is
+    0. A row's own coefficient has no part in it, not even by rounding (Ahmadian et al., arXiv 2402.14740).
+    """
+    batch, length = credited.shape
     if group_size < 2 or batch % group_size:
         raise ValueError(
             f"leave_one_out with group_size={group_size} on a batch of {batch} rows: groups must have at least 2 "
             "members and divide the batch; pass the number of completions per prompt"
         )
-    answers = assign_credit(mask.to(coefficient.dtype), credit) > 0
-    others = 1 - torch.eye(group_size, dtype=coefficient.dtype, device=coefficient.device)
-    count = torch.einsum("ij,gjt->git", others, answers.to(coefficient.dtype).view(-1, group_size, length))
-    total = torch.einsum("ij,gjt->git", others / group_size, coefficient.view(-1, group_size, length))
-    return (total * (group_size / count.clamp(min=1))).reshape(batch, length)
+    answers = (assign_credit(counted.to(credited.dtype), credit) > 0).to(credited.dtype)
+    others = 1 - torch.eye(group_size, dtype=credited.dtype, device=credited.device)
+    count = torch.einsum("ij,gjt->git", others, answers.view(-1, group_size, length))
+    mean = torch.einsum("ij,gjt->git", others / group_size, credited.view(-1, group_size, length))
+    return (mean * (group_size / count.clamp(min=1))).reshape(batch, length)
 
 
 def importance_weight(log_rho: Tensor, mask: Tensor, spec: KLSpec) -> tuple[Tensor, Tensor]:
@@ -196,17 +214,15 @@ def _weighted_credit(pointwise: Tensor, coefficient: Tensor, weight: Tensor, spe
     return _finite(later + _finite(weight * earlier))
 
 
-def _baseline(
-    spec: KLSpec, coefficient: Tensor, mask: Tensor, group_size: int | None, given: Tensor | None
-) -> Tensor:
+def _baseline(spec: KLSpec, credited: Tensor, counted: Tensor, group_size: int | None, given: Tensor | None) -> Tensor:
     if spec.baseline is None:
-        return torch.zeros_like(coefficient)
+        return torch.zeros_like(credited)
     if given is not None:
-        _same_shape({"logp": mask, "baseline": given})
-        return torch.where(mask, given.to(coefficient.dtype), 0.0)
+        _same_shape({"logp": credited, "baseline": given})
+        return given.to(credited.dtype)
     if group_size is None:
         raise ConfigError("baseline='leave_one_out' was asked for without groups: pass group_size (or baseline)")
-    return torch.where(mask, leave_one_out(coefficient, mask, group_size, spec.credit), 0.0)
+    return _leave_one_out(credited, counted, group_size, spec.credit)
 
 
 def _finite(x: Tensor, bound: float | None = None) -> Tensor:

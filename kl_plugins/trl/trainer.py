@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers.utils import logging
 
 from kl_plugins.errors import PatchError
 from kl_plugins.metrics import kl_metrics, kl_sums
-from kl_plugins.terms import KLTerms, kl_terms, leave_one_out
+from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline
 from kl_plugins.trl.vllm import follow_policy_on_cpu
 
 logger = logging.get_logger(__name__)
@@ -83,14 +82,16 @@ class KLTrainer:
         """
         ref_logp, mask = inputs["ref_per_token_logps"], _mask(inputs)
         logp = torch.where(logp.isnan(), ref_logp, logp)  # a token the engine did not score
-        terms = kl_terms(replace(self.kl_spec, baseline=None), logp=logp, ref_logp=ref_logp, mask=mask)
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        if group_size < 2:  # evaluation may generate one completion a prompt
+            return torch.zeros_like(logp)
         rows, length = mask.shape
-        pooled = torch.stack([terms.coefficient, terms.mask.to(terms.coefficient.dtype)], dim=-1)
+        pooled = torch.stack([logp, ref_logp, mask.to(logp.dtype)], dim=-1)
         pooled = self.accelerator.gather(self.accelerator.pad_across_processes(pooled, dim=1))
-        group = self.num_generations if self.model.training else self.num_generations_eval
-        if group < 2:  # evaluation may generate one completion a prompt
-            return torch.zeros_like(terms.coefficient)
-        baseline = leave_one_out(pooled[..., 0], pooled[..., 1], group, self.kl_spec.credit)
+        logp, ref_logp, mask = pooled.unbind(-1)
+        baseline = leave_one_out_baseline(
+            self.kl_spec, logp=logp, ref_logp=ref_logp, mask=mask, group_size=group_size
+        )
         first = rows * self.accelerator.process_index
         return baseline[first : first + rows, :length]
 

@@ -1,49 +1,12 @@
-"""A tiny causal LM made on the spot, and trainers on it. Real TRL, no network, CPU."""
+"""Real TRL trainers on a tiny model."""
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
 import pytest
-import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_trl import digit_share, make_model
 
 from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-
-
-def make_model(folder, *, seed: int, spread: float) -> str:
-    """Save a 2-layer Llama over 16 characters. `spread` scales its logits, so that KLs are not all near 0."""
-    alphabet = ["<pad>", "<eos>", *"0123456789+-= "]
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(alphabet)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(alphabet),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(spread)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +17,6 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def prompts() -> Dataset:
     return Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
-
-
-def digit_share(completions, **_):
-    """A reward with variance: the share of digits."""
-    return [sum(c.isdigit() for c in text) / 8 for text in completions]
 
 
 CONFIGS = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}
