@@ -1,0 +1,81 @@
+"""Run by `torchrun` (see tests/trl/test_distributed.py): gradients, metrics and baselines of 1 or 2 gloo ranks.
+
+usage: torchrun --nproc_per_node N two_ranks.py MODEL OUT
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from tiny_trl import digit_share, loss_and_gradients, micro_batch, parameters
+
+from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+model, out = sys.argv[1:]
+prompts = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
+
+
+def trainer_of(cls, config, **options):
+    world = int(torch.distributed.get_world_size()) if dist.is_initialized() else 1
+    args = config(
+        output_dir=f"{out}.trainer",
+        beta=0.1,
+        per_device_train_batch_size=8 // world,
+        num_generations=4,
+        max_completion_length=8,
+        max_steps=2,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        model_init_kwargs={"dtype": "float32"},
+        **options,
+    )
+    return cls(model=model, reward_funcs=digit_share, args=args, train_dataset=prompts)
+
+
+def mean_over_ranks(gradients):
+    if dist.is_initialized():
+        dist.all_reduce(gradients)
+        gradients /= dist.get_world_size()
+    return gradients
+
+
+if not dist.is_initialized():
+    dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+results = {}
+for name, cls, config, options in [
+    ("grpo", GRPOTrainer, GRPOConfig, {"kl": "k2_as_loss", "loss_type": "grpo"}),
+    ("dapo", GRPOTrainer, GRPOConfig, {"kl": "k1_in_reward", "loss_type": "dapo", "kl_off_policy": "prefix"}),
+    ("rloo", RLOOTrainer, RLOOConfig, {"kl": "k1_in_reward"}),
+]:
+    trainer = trainer_of(cls, config, **options)
+    whole = micro_batch(trainer)
+    whole["completion_mask"][4:, 5] = 0  # so that rank 1 can hold a narrower batch, as ranks do
+    baseline = None
+    rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    batch = {key: x[rows] if x.dim() else x for key, x in whole.items()}
+    if trainer.kl_spec.baseline:
+        width = 6 - rank
+        narrow = {key: x[:, :width] if x.shape[1:] == (6,) else x for key, x in batch.items()}
+        narrow["completion_mask"] = narrow["completion_mask"].clone()
+        trainer.num_generations = 8  # one group over both ranks
+        local = trainer._rollout_baseline(narrow["old_per_token_logps"], narrow)
+        batch["kl_baseline"] = torch.nn.functional.pad(local, (0, 6 - width))
+        baseline = batch["kl_baseline"]
+    _, gradients = loss_and_gradients(trainer, batch)
+    metrics = {key: values[0] for key, values in trainer._metrics["train"].items() if key.startswith("kl/")}
+    results[name] = {"gradients": mean_over_ranks(gradients), "metrics": metrics, "baseline": baseline}
+
+trained = trainer_of(GRPOTrainer, GRPOConfig, kl="k2_as_loss", num_iterations=2)
+trained.train()
+results["parameters"] = parameters(trained)
+torch.save(results, f"{out}.{rank}")
+dist.barrier()
+dist.destroy_process_group()

@@ -1,0 +1,48 @@
+"""Ten steps with a colocated vLLM engine, see tests/trl/test_vllm.py. usage: vllm_run.py CASE MODEL OUT"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from datasets import Dataset
+from tiny_trl import digit_share
+
+from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+
+def main(case: str, model: str, out: str) -> None:
+    cls, config = (RLOOTrainer, RLOOConfig) if case == "rloo" else (GRPOTrainer, GRPOConfig)
+    args = config(
+        output_dir=f"{out}.trainer",
+        kl="k2_as_loss",
+        beta=0.02,
+        learning_rate=2e-3,
+        per_device_train_batch_size=16,
+        num_generations=4,
+        max_completion_length=8,
+        max_steps=10,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        seed=0,
+        model_init_kwargs={"dtype": "float32"},
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=32,
+    )
+    prompts = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
+    trainer = cls(model=model, reward_funcs=digit_share, args=args, train_dataset=prompts)
+    if case == "no_sync":
+        trainer.vllm_generation.sync_weights = lambda: None
+    trainer.train()
+    with open(out, "w") as file:
+        json.dump([row for row in trainer.state.log_history if "kl/k1" in row], file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

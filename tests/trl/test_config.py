@@ -1,0 +1,154 @@
+"""Everything that must fail does so before a model is loaded, and says what to do; the options work from anywhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+
+import pytest
+import trl
+from trl import TrlParser
+
+import kl_plugins.hosts
+from kl_plugins import ConfigError, PatchError, UnknownLossError
+from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig
+
+QUIET = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.04}
+BOTH = pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig])
+
+
+def make(config, **options):
+    return config(**(QUIET | options))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"kl": "k2_as_loss", "beta": 0.0}, ConfigError, "beta=0"),
+        ({"kl": "k2_as_los"}, UnknownLossError, "did you mean 'k2_as_loss'"),
+        ({"kl": "k1_as_loss"}, ConfigError, "use k2_as_loss"),
+        ({"kl": "k2_in_reward"}, ConfigError, "use k1_in_reward"),
+        ({"kl": "k3_in_reward"}, ConfigError, "use k1_in_reward"),
+        ({"kl": "k2_as_loss", "kl_gamma": 0.9}, ConfigError, "gamma=0.9 is not used"),
+        ({"kl": "k2_as_loss", "kl_credit": "to_go"}, ConfigError, "credit='to_go' is not offered"),
+        ({"kl": "k2_as_loss", "kl_coefficient_bound": 10.0}, ConfigError, "coefficient_bound=10.0 is not used"),
+        ({"kl": "k2_as_loss", "kl_off_policy": "none", "kl_weight_clip": [0.0, 2.0]}, ConfigError, "has no weights"),
+        ({"kl": "k2_as_loss", "kl_off_policy": "tokens"}, ConfigError, "off_policy='tokens'"),
+        ({"kl": "k2_as_loss", "kl_clip_epsilon": 0.1}, ConfigError, "clip_epsilon=0.1 is not used"),
+        ({"kl": "k2_as_loss", "kl_weight_clip": [2.0, 3.0]}, ConfigError, "low <= 1"),
+        ({"kl": "k2_as_loss", "top_p": 0.9}, ConfigError, "top_p=0.9"),
+        ({"kl": "k2_as_loss", "top_k": 50}, ConfigError, "top_k=50"),
+        ({"kl": "k2_as_loss", "generation_kwargs": {"min_p": 0.1}}, ConfigError, "min_p=0.1"),
+        ({"kl": "k2_as_loss", "repetition_penalty": 1.1}, ConfigError, "repetition_penalty=1.1"),
+        (
+            {"kl": "k2_as_loss", "kl_credit": "sequence", "kl_clip": "combined", "kl_weight_clip": [0.0, 2.0]},
+            ConfigError,
+            "TRL's own ratio",
+        ),
+        ({"kl_off_policy": "none"}, ConfigError, "kl is None"),
+        ({"kl_allow_biased": True}, ConfigError, "kl is None"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(config, options, error, says):
+    with pytest.raises(error, match=says):
+        make(config, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kl": "k2_as_loss", "use_bias_correction_kl": False}, "use kl_off_policy"),
+        ({"kl": "k2_as_loss", "kl_clip": "combined", "top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        ({"kl": "k2_as_loss", "kl_clip": "combined", "off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold"),
+    ],
+)
+def test_contradictions_with_grpos_own_options(options, says):
+    with pytest.raises(ConfigError, match=says):
+        make(GRPOConfig, **options)
+
+
+def test_rloo_has_one_advantage_a_sequence():
+    with pytest.raises(ConfigError, match="kl_credit='sequence'"):
+        make(RLOOConfig, kl="k1_in_reward", kl_clip="combined")
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        make(GRPOConfig, kl="k2_as_loss", beta=0.0, top_p=0.5, use_bias_correction_kl=False)
+    assert all(word in str(caught.value) for word in ("beta=0", "top_p=0.5", "use_bias_correction_kl"))
+
+
+@BOTH
+def test_an_untested_trl_is_refused(config, monkeypatch):
+    monkeypatch.setattr(kl_plugins.hosts, "version", lambda host: "1.17.0")
+    with pytest.raises(PatchError, match=r"trl 1\.17\.0, which was not tested.*trl==1\.16\.0"):
+        make(config, kl="k2_as_loss")
+    make(config)  # without kl it is TRL's own trainer, whatever its version
+
+
+@BOTH
+def test_biased_gradients_need_to_be_allowed(config):
+    args = make(config, kl="k1_as_loss", kl_allow_biased=True)
+    assert args.kl_spec().gradient_of == "zero"
+
+
+def test_the_in_reward_configurations_of_rloo_have_its_baseline():
+    assert make(RLOOConfig, kl="k1_in_reward").kl_spec().baseline == "leave_one_out"
+    assert make(RLOOConfig, kl="k1_in_reward", kl_baseline=None).kl_spec().baseline is None
+    assert make(RLOOConfig, kl="k2_as_loss").kl_spec().baseline is None
+    assert make(GRPOConfig, kl="k1_in_reward").kl_spec().baseline is None
+
+
+@BOTH
+def test_from_yaml_and_the_command_line(config, tmp_path, monkeypatch):
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(
+        "output_dir: unused\nuse_cpu: true\nbf16: false\nreport_to: none\nbeta: 0.04\n"
+        "kl: k3_as_loss\nkl_weight_clip: [0.0, 5.0]\nkl_off_policy: prefix\n"
+    )
+    flags = ["--config", str(yaml), "--kl_weight_clip_mode", "mask", "--kl_coefficient_bound", "1e4"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags, "--kl_baseline", "none"])
+    (args,) = TrlParser((config,)).parse_args_and_config()
+    spec = args.kl_spec()
+    assert (spec.name, spec.off_policy, spec.weight_clip) == ("k3_as_loss", "prefix", (0.0, 5.0))
+    assert (spec.weight_clip_mode, spec.coefficient_bound, spec.baseline) == ("mask", 1e4, None)
+
+
+def test_trls_own_trainer_does_not_ignore_our_config(make_trainer):
+    trainer = make_trainer(trl.GRPOTrainer, config=GRPOConfig, kl="k2_as_loss")
+    with pytest.raises(PatchError, match="from kl_plugins.trl"):
+        trainer.train()
+
+
+def test_our_trainer_takes_trls_own_config(make_trainer):
+    trainer = make_trainer(GRPOTrainer, config=trl.GRPOConfig, max_steps=1)
+    trainer.train()
+    assert trainer.kl_spec is None
+    assert not any(name.startswith("kl/") for name in trainer.state.log_history[0])
+
+
+def test_a_config_is_saved_and_copied_as_plain_numbers():
+    args = make(GRPOConfig, kl="k2_as_loss")
+    assert json.loads(args.to_json_string())["beta"] == 0.04
+    assert type(copy.deepcopy(args).beta) is float
+    assert args.beta == 0.04
+    assert args.beta * 2 == 0.08
+
+
+def test_a_host_that_no_longer_multiplies_by_beta_is_noticed(make_trainer, monkeypatch):
+    trainer = make_trainer(GRPOTrainer, kl="k2_as_loss")
+
+    def without_kl(self, model, inputs):
+        ids = inputs["prompt_ids"]
+        logp, _, _ = self._get_per_token_logps_and_entropies(model, ids, inputs["prompt_mask"], 2)
+        inputs["ref_per_token_logps"] = inputs["ref_per_token_logps"]
+        return logp.sum()
+
+    from tiny_trl import micro_batch
+
+    batch = micro_batch(trainer, length=2)
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", without_kl)
+    with pytest.raises(PatchError, match="0 times"):
+        trainer.compute_loss(trainer.model, batch)

@@ -1,0 +1,192 @@
+"""Real training runs: the features of TRL's trainers that a KL term can get wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_trl import loss_and_gradients, micro_batch, parameters
+
+from kl_plugins.terms import leave_one_out_baseline
+from kl_plugins.trl import GRPOTrainer, RLOOTrainer
+
+LOGGED = {f"kl/{name}" for name in ("k1", "k2", "k3", "loss", "ess", "weight_max", "clipped", "beta")}
+BOTH = pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+
+
+def logged(trainer, name):
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl": "k2_as_loss", "num_iterations": 2},
+        {"kl": "k2_as_loss", "kl_credit": "sequence", "kl_off_policy": "sequence"},
+        {"kl": "k3_as_loss", "kl_coefficient_bound": 1e3, "kl_nonfinite": "drop"},
+        {"kl": "k1_in_reward", "kl_baseline": "leave_one_out", "num_iterations": 2},
+        {"kl": "k1_in_reward", "kl_off_policy": "prefix", "steps_per_generation": 2, "per_device_train_batch_size": 8},
+        {"kl": "k2_as_loss", "kl_clip": "separate", "kl_weight_clip_mode": "mask"},
+        {"kl": "k1_in_reward", "kl_credit": "sequence", "kl_clip": "combined"},
+        {"kl": "k2_as_loss", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
+        {"kl": "k1_as_loss", "kl_allow_biased": True},
+        {"kl": "k3_in_reward", "kl_allow_biased": True},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_trains_and_logs_under_the_contracts_names(make_trainer, cls, options):
+    trainer = make_trainer(cls, max_steps=3, **options)
+    start = parameters(trainer)
+    trainer.train()
+    assert not torch.equal(parameters(trainer), start)
+    assert parameters(trainer).isfinite().all()
+    rows = [row for row in trainer.state.log_history if "kl/k1" in row]
+    assert len(rows) == 3
+    for row in rows:
+        assert LOGGED <= set(row)
+        assert all(math.isfinite(row[name]) for name in LOGGED)
+        assert row["kl/beta"] == 0.1
+        assert 0 < row["kl/ess"] <= 1 + 1e-6
+    assert rows[0]["kl/k3"] == pytest.approx(0, abs=1e-6)  # the policy starts as its reference
+    assert rows[-1]["kl/k3"] > 1e-3
+
+
+def test_a_larger_beta_holds_the_policy_closer(make_trainer):
+    """The term does what it is for: the same seed, 15 steps, k3 to the reference as TRL itself logs it."""
+    kls = {}
+    for beta in (1e-4, 3.0):
+        trainer = make_trainer(GRPOTrainer, kl="k2_as_loss", beta=beta, max_steps=15)
+        trainer.train()
+        kls[beta] = sum(logged(trainer, "kl")[-5:]) / 5
+    assert kls[3.0] < 0.5 * kls[1e-4]
+
+
+def test_logged_values_are_right(make_trainer):
+    """A constant log-ratio of 7 is logged as 7, with uneven lengths and a stale old policy."""
+    trainer = make_trainer(GRPOTrainer, kl="k2_as_loss")
+    batch = micro_batch(trainer)
+    with torch.no_grad():
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, 6)
+    batch["ref_per_token_logps"] = logp - 7
+    batch["old_per_token_logps"] = logp - torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 3.0])  # exp(3) > 10: truncated
+    loss_and_gradients(trainer, batch)
+    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    mask = batch["completion_mask"]
+    late = (mask[:, 5].sum() / mask.sum()).item()
+    assert late > 0
+    assert metrics["kl/k1"] == pytest.approx(7, rel=1e-5)
+    assert metrics["kl/k2"] == pytest.approx(24.5, rel=1e-5)
+    assert metrics["kl/k3"] == pytest.approx(math.exp(-7) + 6, rel=1e-5)
+    assert metrics["kl/loss"] == pytest.approx(0.1 * 24.5, rel=1e-5)
+    assert metrics["kl/weight_max"] == pytest.approx(10)
+    assert metrics["kl/clipped"] == pytest.approx(late, rel=1e-5)
+    weights = torch.where(torch.arange(6) == 5, 10.0, 1.0) * mask
+    ess = weights.sum() ** 2 / weights.square().sum() / mask.sum()
+    assert metrics["kl/ess"] == pytest.approx(ess.item(), rel=1e-5)
+
+
+def test_accumulation_does_not_change_the_gradient(make_trainer):
+    """Two micro-batches of 4 rows, each divided by 2 as TRL does, are one of 8 (loss_type grpo: a mean over rows)."""
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", loss_type="grpo", kl_off_policy="prefix")
+    batch = micro_batch(trainer)
+    _, whole = loss_and_gradients(trainer, batch)
+    halves = []
+    for rows in (slice(0, 4), slice(4, 8)):
+        half = {name: x[rows] if x.dim() else x for name, x in batch.items()}
+        halves.append(loss_and_gradients(trainer, half)[1])
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, whole, rtol=1e-4, atol=1e-6)
+
+
+@BOTH
+def test_evaluation(make_trainer, prompts, cls):
+    options = {"per_device_eval_batch_size": 4, "num_generations_eval": 2, "kl_baseline": "leave_one_out"}
+    trainer = make_trainer(cls, kl="k1_in_reward", eval_dataset=prompts.select(range(4)), **options)
+    metrics = trainer.evaluate()
+    assert {f"eval_{name}" for name in LOGGED} <= set(metrics | trainer.state.log_history[-1])
+
+
+def test_evaluation_with_one_completion_a_prompt_has_no_baseline(make_trainer, prompts):
+    trainer = make_trainer(
+        GRPOTrainer,
+        kl="k1_in_reward",
+        kl_baseline="leave_one_out",
+        eval_dataset=prompts.select(range(4)),
+        num_generations_eval=1,
+        per_device_eval_batch_size=4,
+    )
+    trainer.evaluate()
+
+
+def test_a_synced_reference_is_the_one_that_is_used(make_trainer):
+    trainer = make_trainer(
+        GRPOTrainer, kl="k2_as_loss", sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0, max_steps=4
+    )
+    trainer.train()
+    assert max(logged(trainer, "kl/k2")) == pytest.approx(0, abs=1e-6)  # reference = policy after every step
+
+
+@BOTH
+def test_lora_takes_the_model_without_its_adapter_as_reference(make_trainer, cls):
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(cls, kl="k2_as_loss", peft_config=lora, max_steps=4, learning_rate=5e-2)
+    trainer.train()
+    assert trainer.ref_model is None
+    assert logged(trainer, "kl/k2")[0] == pytest.approx(0, abs=1e-6)
+    assert logged(trainer, "kl/k2")[-1] > 1e-3
+
+
+@BOTH
+def test_the_baseline_is_that_of_whole_groups_also_after_the_shuffle(make_trainer, cls):
+    """TRL shuffles the rows of a rollout before it splits them: the baseline was computed before that."""
+    trainer = make_trainer(
+        cls, kl="k1_in_reward", kl_baseline="leave_one_out", steps_per_generation=2, per_device_train_batch_size=8
+    )
+    shift_reference(trainer)
+    rollout = trainer._generate_and_score_completions([{"prompt": f"{a}+1="} for a in range(4) for _ in range(4)])
+    logp = rollout.get("old_per_token_logps")
+    if logp is None:  # on-policy GRPO keeps none
+        logp = trainer._rollout_logp(rollout)
+    wanted = leave_one_out_baseline(
+        trainer.kl_spec,
+        logp=logp,
+        ref_logp=rollout["ref_per_token_logps"],
+        mask=rollout["completion_mask"],
+        group_size=4,
+    )
+    assert wanted.abs().max() > 0.05
+    torch.testing.assert_close(rollout["kl_baseline"], wanted)
+
+    trainer._step, trainer._buffered_inputs = 0, None
+    trainer.model.train()
+    first = trainer._prepare_inputs([{"prompt": f"{a}+1="} for a in range(4) for _ in range(4)])
+    assert first["kl_baseline"].shape == first["completion_ids"].shape  # it was shuffled and split with the rows
+
+
+@BOTH
+def test_the_policy_moves_on_but_the_baseline_stays(make_trainer, cls):
+    """num_iterations > 1: u_t is recomputed with the current policy, the baseline of the rollout is kept."""
+    trainer = make_trainer(cls, kl="k1_in_reward", kl_baseline="leave_one_out")
+    batch = micro_batch(trainer)
+    batch["kl_baseline"] = torch.full_like(batch["ref_per_token_logps"], 0.25)
+    terms = []
+    trainer.compute_kl_terms = lambda logp, inputs: terms.append(type(trainer).compute_kl_terms(trainer, logp, inputs)) or terms[-1]
+    for _ in range(2):
+        loss_and_gradients(trainer, batch)
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.mul_(1.01)
+    assert not torch.equal(terms[0].log_ratio, terms[1].log_ratio)
+    to_go = terms[1].log_ratio.flip(-1).cumsum(-1).flip(-1) - 0.25
+    torch.testing.assert_close(terms[1].coefficient, to_go * batch["completion_mask"])
+
+
+def shift_reference(trainer):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in trainer.ref_model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
