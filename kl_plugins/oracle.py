@@ -43,10 +43,10 @@ class Sequences:
 def enumerate_sequences(vocabulary: int = 3, length: int = 4, environment: Iterable[int] = ()) -> Sequences:
     """All sequences, ragged by an end token; the positions in `environment` are drawn by the environment."""
     rows = []
-    for tokens in product(range(vocabulary), repeat=length):
-        end = tokens.index(0) if 0 in tokens else length
-        if not any(tokens[end:]):
-            rows.append(tokens)
+    for row in product(range(vocabulary), repeat=length):
+        end = row.index(0) if 0 in row else length
+        if not any(row[end:]):
+            rows.append(row)
     tokens = torch.tensor(rows)
     names: dict[tuple[int, ...], int] = {}
     prefix = torch.tensor([[names.setdefault(row[:t], len(names)) for t in range(length)] for row in rows])

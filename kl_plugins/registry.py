@@ -143,7 +143,7 @@ def get_loss(name: str) -> KLLoss:
         for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=name):
             register(_load(entry_point))
     if name not in LOSSES:
-        known = sorted({*LOSSES, *entry_points(group=ENTRY_POINT_GROUP).names})
+        known = sorted({*LOSSES, *third_party_names()})
         close = get_close_matches(str(name), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UnknownLossError(f"unknown KL loss {name!r}: {hint}known are {', '.join(known)}")
@@ -152,7 +152,12 @@ def get_loss(name: str) -> KLLoss:
 
 def all_losses() -> dict[str, KLLoss]:
     """Every usable record by name, third parties' included. Raises `ConfigError` if one of theirs is unusable."""
-    return {name: get_loss(name) for name in [*LOSSES, *sorted(entry_points(group=ENTRY_POINT_GROUP).names)]}
+    return {name: get_loss(name) for name in (*LOSSES, *sorted(third_party_names() - set(LOSSES)))}
+
+
+def third_party_names() -> set[str]:
+    """What installed packages register under `kl_plugins.losses`, without importing any of it."""
+    return set(entry_points(group=ENTRY_POINT_GROUP).names)
 
 
 def register(loss: KLLoss) -> KLLoss:

@@ -25,7 +25,7 @@ class KLTrainer:
         self._on_logps: Callable[[Tensor], None] | None = None
         super().__init__(*args, **kwargs)
         spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
-        self.kl_spec = spec_of() if spec_of else None
+        self.kl_spec: Any = spec_of() if spec_of else None  # KLSpec or None
         self.beta = float(self.beta)
         if self.use_vllm:
             follow_policy_on_cpu(self.vllm_generation)

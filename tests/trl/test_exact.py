@@ -1,0 +1,105 @@
+"""The gradient that arrives in the parameters of a real trainer, by enumerating every completion of two tokens.
+
+The rollout engine is another model, as a stale or quantized engine is: weighing the KL against the trainer's old
+policy instead, as TRL does with its own KL, leaves a bias that these tests show.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_trl import loss_and_gradients
+from transformers import AutoModelForCausalLM
+
+from kl_plugins.trl import GRPOTrainer, RLOOTrainer
+
+PROMPT = torch.tensor([[3, 12, 4, 13]])
+V, EOS = 16, 1
+PAIRS = torch.tensor([(a, b) for a in range(V) for b in range(V) if a != EOS or b == 0])
+MASK = torch.stack([torch.ones(len(PAIRS)), (PAIRS[:, 0] != EOS).float()], dim=1).long()
+
+
+def token_logp(model) -> torch.Tensor:
+    """(N, 2) log-probability of every completion's tokens; the graph reaches the model."""
+    logits = model(torch.cat([PROMPT.expand(len(PAIRS), -1), PAIRS], dim=1)).logits[:, -3:-1]
+    return logits.log_softmax(-1).gather(-1, PAIRS[..., None]).squeeze(-1)
+
+
+@pytest.fixture(scope="module")
+def others(model):
+    """The log-probs of a reference and of a rollout engine that both differ from the policy."""
+    found = {}
+    for name, seed, scale in (("reference", 1, 0.06), ("engine", 2, 0.03)):
+        other = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+            found[name] = token_logp(other)
+    return found
+
+
+def expected_gradient(trainer, others, *, engine_known: bool) -> torch.Tensor:
+    """sum over completions of the engine's probability times the trainer's own gradient for that completion."""
+    with torch.no_grad():
+        old = token_logp(trainer.model)
+    probability = (others["engine"] * MASK).sum(-1).exp()
+    total = 0
+    for i in range(len(PAIRS)):
+        batch = {
+            "prompt_ids": PROMPT,
+            "prompt_mask": torch.ones_like(PROMPT),
+            "completion_ids": PAIRS[i : i + 1],
+            "completion_mask": MASK[i : i + 1],
+            "advantages": torch.zeros(1),
+            "num_items_in_batch": MASK[i].sum(),
+            "old_per_token_logps": old[i : i + 1],
+            "old_logps": (old * MASK)[i : i + 1].sum(-1),
+            "ref_per_token_logps": others["reference"][i : i + 1],
+        }
+        if engine_known:
+            batch["sampling_per_token_logps"] = others["engine"][i : i + 1]
+        total = total + probability[i] * loss_and_gradients(trainer, batch)[1]
+    return total
+
+
+def true_gradient(trainer, others, of: str) -> torch.Tensor:
+    """Of the KL of whole completions, or of the next-token KLs on the engine's prefixes."""
+    model = trainer.model
+    model.zero_grad()
+    logp = token_logp(model) * MASK
+    gap = logp - others["reference"] * MASK
+    if of == "reverse_kl":
+        kl = (logp.sum(-1).exp() * gap.sum(-1)).sum()
+    else:
+        engine = others["engine"].exp()
+        first = torch.where(PAIRS[:, 1] == 0, logp[:, 0].exp() * gap[:, 0], 0.0)  # each first token once
+        second = engine[:, 0] * logp[:, 1].exp() * gap[:, 1] * MASK[:, 1]
+        kl = first.sum() + second.sum()
+    (0.1 * kl).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def relative_error(found, wanted):
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+@pytest.mark.parametrize(
+    ("options", "of"),
+    [
+        ({"kl": "k2_as_loss"}, "local_reverse_kl"),
+        ({"kl": "k1_in_reward", "kl_off_policy": "prefix", "kl_baseline": None}, "reverse_kl"),
+        ({"kl": "k1_in_reward", "kl_off_policy": "sequence", "kl_baseline": None}, "reverse_kl"),
+        ({"kl": "k2_as_loss", "kl_credit": "sequence", "kl_off_policy": "sequence"}, "reverse_kl"),
+    ],
+)
+def test_expected_gradient_in_the_parameters(make_trainer, others, cls, options, of):
+    if cls is GRPOTrainer:
+        options = options | {"loss_type": "luspo"}  # sums over tokens and averages over sequences, as RLOO does
+    trainer = make_trainer(cls, kl_weight_clip=[0.0, 1e6], **options)
+    trainer.model.double()
+    wanted = true_gradient(trainer, others, of)
+    assert relative_error(expected_gradient(trainer, others, engine_known=True), wanted) < 1e-6
+    ignored = relative_error(expected_gradient(trainer, others, engine_known=False), wanted)
+    assert ignored > 0.02  # the bias of not weighing the KL by the engine's probabilities
