@@ -34,7 +34,9 @@ OFF_POLICY = {
 
 
 @app.command()
-def explain(name: Annotated[str | None, typer.Argument(help="A KL configuration; without one, all of them.")] = None):
+def explain(
+    name: Annotated[str | None, typer.Argument(help="A KL configuration; without one, all of them.")] = None,
+) -> None:
     """What gradient a configuration has, when it is biased, and what to use instead."""
     console = Console()
     try:
@@ -48,7 +50,7 @@ def explain(name: Annotated[str | None, typer.Argument(help="A KL configuration;
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False):
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False) -> None:
     """Which hosts are installed, in which versions, and which of their trainers can be given a KL term."""
     found = diagnosis()
     if as_json:

@@ -249,8 +249,6 @@ def _matches(spec: KLSpec) -> list[str]:
         policy, reference, _ = structured_policies(sequences, seed=seed, strength=strength)
         gradient = expected_gradient(spec, sequences, policy, reference)
         named = [
-            of
-            for of in named
-            if relative_error(gradient, true_gradient(of, sequences, policy, reference)) <= RTOL
+            of for of in named if relative_error(gradient, true_gradient(of, sequences, policy, reference)) <= RTOL
         ]
     return named

@@ -103,9 +103,9 @@ def _bad_values(spec: KLSpec, loss: KLLoss) -> list[str]:
         "nonfinite": NONFINITE,
     }
     problems = [
-        f"{option}={getattr(spec, option)!r} is not offered by {spec.name}: choose from {', '.join(map(repr, offered))}"
+        f"{option}={found!r} is not offered by {spec.name}: choose from {', '.join(map(repr, offered))}"
         for option, offered in choices.items()
-        if getattr(spec, option) not in offered
+        if (found := getattr(spec, option)) not in offered
     ]
     if not _is_number(spec.gamma) or not 0 <= spec.gamma <= 1:
         problems.append(f"gamma={spec.gamma!r}: a discount is a number in [0, 1]")

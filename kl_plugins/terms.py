@@ -130,9 +130,7 @@ def assign_credit(x: Tensor, credit: str | None, gamma: float = 1.0) -> Tensor:
     return x
 
 
-def leave_one_out_baseline(
-    spec: KLSpec, *, logp: Tensor, ref_logp: Tensor, mask: Tensor, group_size: int
-) -> Tensor:
+def leave_one_out_baseline(spec: KLSpec, *, logp: Tensor, ref_logp: Tensor, mask: Tensor, group_size: int) -> Tensor:
     """(B, T) `baseline` for `kl_terms`: for each row the mean coefficient of the *other* rows of its group.
 
     For hosts that split groups over micro-batches or processes: computed once from whole groups (consecutive rows)
@@ -186,11 +184,11 @@ def importance_weight(log_rho: Tensor, mask: Tensor, spec: KLSpec) -> tuple[Tens
     elif spec.off_policy == "none":
         log_rho = torch.zeros_like(log_rho)
     low, high = spec.weight_clip
-    ceiling = math.sqrt(torch.finfo(log_rho.dtype).max)
+    high = min(high, math.sqrt(torch.finfo(log_rho.dtype).max))
     ratio = log_rho.exp()
-    cut = mask & ((ratio < low) | (ratio > min(high, ceiling)))
-    bounded = ratio.clamp(low, min(high, ceiling)) if spec.weight_clip_mode == "truncate" else ratio.masked_fill(cut, 0)
-    return torch.where(mask, bounded, 0.0), cut
+    cut = mask & ((ratio < low) | (ratio > high))
+    ratio = ratio.clamp(low, high) if spec.weight_clip_mode == "truncate" else ratio.masked_fill(cut, 0)
+    return torch.where(mask, ratio, 0.0), cut
 
 
 def _ppo_clip(weight: Tensor, cut: Tensor, log_rho: Tensor, cost: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def _default(config: type, name: str) -> Any:
 
 @dataclass
 class GRPOConfig(KLFields, trl.GRPOConfig):
-    __doc__ = f"[`trl.GRPOConfig`] with the options of `KLFields`.\n\n{KLFields.__doc__}"
+    """[`trl.GRPOConfig`] with the options of `KLFields`, and what those raise."""
 
     def _contradictions(self) -> list[str]:
         problems = super()._contradictions()
@@ -118,8 +118,8 @@ class GRPOConfig(KLFields, trl.GRPOConfig):
             problems.append("use_bias_correction_kl=False is about TRL's own KL, which kl replaces: use kl_off_policy")
         if self.kl_clip == "combined":
             problems += [
-                f"{name}={getattr(self, name)!r} masks tokens of the policy loss, and with kl_clip='combined' their KL "
-                "with them: use kl_clip='separate' or None"
+                f"{name}={getattr(self, name)!r} masks tokens of the policy loss, and with kl_clip='combined' their "
+                "KL with them: use kl_clip='separate' or None"
                 for name, neutral in (("off_policy_mask_threshold", None), ("top_entropy_quantile", 1.0))
                 if getattr(self, name) != neutral
             ]
@@ -128,7 +128,7 @@ class GRPOConfig(KLFields, trl.GRPOConfig):
 
 @dataclass
 class RLOOConfig(KLFields, trl.RLOOConfig):
-    __doc__ = f"[`trl.RLOOConfig`] with the options of `KLFields`.\n\n{KLFields.__doc__}"
+    """[`trl.RLOOConfig`] with the options of `KLFields`, and what those raise."""
 
     kl_baseline: str | None = _option(
         "auto", "leave_one_out, None, or auto: leave_one_out for the in-reward configurations, as RLOO does."

@@ -23,6 +23,7 @@ class HostBeta(float):
     calls: int
 
     def __new__(cls, beta: float, term: Callable[[Tensor], Tensor]) -> HostBeta:
+        """A float of value `beta` that answers a product with `term(other)`."""
         self = super().__new__(cls, beta)
         self.term, self.calls = term, 0
         return self
@@ -61,10 +62,10 @@ def host_kl_replaced(trainer: Any, term: Callable[[Tensor], Tensor]) -> Iterator
 def unclaimed_beta(beta: float) -> HostBeta:
     """The `beta` of a config with `kl` set, until one of our trainers takes it: in TRL's own trainer it raises."""
 
-    def refuse(_: Tensor) -> Tensor:
+    def unclaimed(_host_kl: Tensor) -> Tensor:
         raise PatchError(
             "kl is set in a kl_plugins.trl config, but the trainer is TRL's own and would ignore it: use the trainer "
             "of the same name from kl_plugins.trl, or set kl=None"
         )
 
-    return HostBeta(beta, refuse)
+    return HostBeta(beta, unclaimed)

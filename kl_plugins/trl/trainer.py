@@ -89,9 +89,7 @@ class KLTrainer:
         pooled = torch.stack([logp, ref_logp, mask.to(logp.dtype)], dim=-1)
         pooled = self.accelerator.gather(self.accelerator.pad_across_processes(pooled, dim=1))
         logp, ref_logp, mask = pooled.unbind(-1)
-        baseline = leave_one_out_baseline(
-            self.kl_spec, logp=logp, ref_logp=ref_logp, mask=mask, group_size=group_size
-        )
+        baseline = leave_one_out_baseline(self.kl_spec, logp=logp, ref_logp=ref_logp, mask=mask, group_size=group_size)
         first = rows * self.accelerator.process_index
         return baseline[first : first + rows, :length]
 

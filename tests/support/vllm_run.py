@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from datasets import Dataset
 from tiny_trl import digit_share
@@ -40,8 +41,7 @@ def main(case: str, model: str, out: str) -> None:
     if case == "no_sync":
         trainer.vllm_generation.sync_weights = lambda: None
     trainer.train()
-    with open(out, "w") as file:
-        json.dump([row for row in trainer.state.log_history if "kl/k1" in row], file)
+    Path(out).write_text(json.dumps([row for row in trainer.state.log_history if "kl/k1" in row]))
 
 
 if __name__ == "__main__":

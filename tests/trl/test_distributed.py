@@ -17,7 +17,9 @@ SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"
 def results(model, tmp_path_factory):
     """{ranks: [what each rank saved]}"""
     out = tmp_path_factory.mktemp("ranks")
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(SCRIPT.parent), *filter(None, sys.path)]))
+    env = dict(
+        os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(SCRIPT.parent), *filter(None, sys.path)])
+    )
     found = {}
     for ranks in (1, 2):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(SCRIPT)]

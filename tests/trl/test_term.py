@@ -87,7 +87,9 @@ def test_the_engines_log_probs_are_the_behavior_policy(make_trainer):
     stale = kl_part(trainer, batch)
     batch["sampling_per_token_logps"] = batch["old_per_token_logps"] - 0.7 * torch.rand(8, 6)
     found = kl_part(trainer, batch)
-    assert_close(found, expected(trainer, batch, batch["completion_mask"], lambda u: u, lambda u: u.square() / 2, "grpo"))
+    assert_close(
+        found, expected(trainer, batch, batch["completion_mask"], lambda u: u, lambda u: u.square() / 2, "grpo")
+    )
     assert (found[1] - stale[1]).norm() > 1e-2 * found[1].norm()
 
 
@@ -97,7 +99,8 @@ def test_an_unscored_token_of_the_engine_has_weight_one_and_is_counted(make_trai
     batch["sampling_per_token_logps"] = batch["old_per_token_logps"].clone()
     batch["sampling_per_token_logps"][0, 0] = torch.nan
     loss, gradients = loss_and_gradients(trainer, batch)
-    assert loss.isfinite() and gradients.isfinite().all()
+    assert loss.isfinite()
+    assert gradients.isfinite().all()
     assert trainer._metrics["train"]["kl/unscored"] == [1.0]
 
 

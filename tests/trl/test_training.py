@@ -124,7 +124,12 @@ def test_evaluation_with_one_completion_a_prompt_has_no_baseline(make_trainer, p
 
 def test_a_synced_reference_is_the_one_that_is_used(make_trainer):
     trainer = make_trainer(
-        GRPOTrainer, kl="k2_as_loss", sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0, max_steps=4
+        GRPOTrainer,
+        kl="k2_as_loss",
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        ref_model_mixup_alpha=1.0,
+        max_steps=4,
     )
     trainer.train()
     assert max(logged(trainer, "kl/k2")) == pytest.approx(0, abs=1e-6)  # reference = policy after every step
@@ -174,7 +179,13 @@ def test_the_policy_moves_on_but_the_baseline_stays(make_trainer, cls):
     batch = micro_batch(trainer)
     batch["kl_baseline"] = torch.full_like(batch["ref_per_token_logps"], 0.25)
     terms = []
-    trainer.compute_kl_terms = lambda logp, inputs: terms.append(type(trainer).compute_kl_terms(trainer, logp, inputs)) or terms[-1]
+    compute = trainer.compute_kl_terms
+
+    def recorded(logp, inputs):
+        terms.append(compute(logp, inputs))
+        return terms[-1]
+
+    trainer.compute_kl_terms = recorded
     for _ in range(2):
         loss_and_gradients(trainer, batch)
         with torch.no_grad():
