@@ -100,6 +100,7 @@ _UNTRUNCATED = {
     "top_k": (0, -1, None),
     "min_p": (None, 0.0),
     "repetition_penalty": (1.0, None),
+    "vllm_structured_outputs_regex": (None,),
 }
 
 

@@ -42,6 +42,7 @@ def make(config, **options):
         ({"kl": "k2_as_loss", "top_k": 50}, ConfigError, "top_k=50"),
         ({"kl": "k2_as_loss", "generation_kwargs": {"min_p": 0.1}}, ConfigError, "min_p=0.1"),
         ({"kl": "k2_as_loss", "repetition_penalty": 1.1}, ConfigError, "repetition_penalty=1.1"),
+        ({"kl": "k2_as_loss", "vllm_structured_outputs_regex": "[0-9]+"}, ConfigError, "structured_outputs_regex"),
         (
             {"kl": "k2_as_loss", "kl_credit": "sequence", "kl_clip": "combined", "kl_weight_clip": [0.0, 2.0]},
             ConfigError,

@@ -1,0 +1,75 @@
+"""`kl-plugins explain` and `kl-plugins doctor`, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import kl_plugins.hosts
+from kl_plugins import all_losses, registry
+from kl_plugins.cli import app
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("name", all_losses())
+def test_explain_says_every_declared_gradient_and_the_alternative(name):
+    loss = all_losses()[name]
+    said = invoke("explain", name)
+    assert all(gradient in said and credit in said for credit, gradient in loss.gradient_of.items())
+    assert f"use instead: {loss.instead}" in said if loss.instead else "use instead" not in said
+    assert ("kl_allow_biased=True" in said) == bool({"zero", "biased"} & set(loss.gradient_of.values()))
+
+
+def test_explain_without_a_name_lists_all():
+    said = invoke("explain")
+    assert all(name in said for name in all_losses())
+
+
+def test_an_unknown_name_gets_the_closest_and_exit_code_2():
+    assert "did you mean 'k3_as_loss'" in invoke("explain", "k3_in_los", code=2)
+
+
+def test_doctor(monkeypatch):
+    found = json.loads(invoke("doctor", "--json"))
+    assert found["installed"]["trl"] in found["tested"]["trl"]
+    assert found["trainers"]["kl_plugins.trl.GRPOTrainer"] == {"can_be_hooked": True, "why_not": ""}
+    assert set(all_losses()) <= set(found["losses"])
+    assert "can be hooked" in invoke("doctor")
+
+    monkeypatch.setattr(kl_plugins.hosts, "version", lambda host: "1.99.0")
+    found = json.loads(invoke("doctor", "--json"))
+    assert found["trainers"]["kl_plugins.trl.RLOOTrainer"]["why_not"] == "trl 1.99.0 is not a tested version"
+
+
+def test_doctor_shows_a_broken_third_party_loss_and_fails(monkeypatch):
+    class Broken:
+        name, value = "theirs", "their_package:loss"
+
+        def load(self):
+            raise ImportError("no module named their_package")
+
+    class Found(list):
+        names = ("theirs",)
+
+    monkeypatch.setattr(registry, "entry_points", lambda group, name="theirs": Found([Broken()] * (name == "theirs")))
+    assert "theirs cannot be used: ImportError" in invoke("doctor", code=1)
+
+
+def test_the_console_script_loads_no_torch_and_no_host():
+    probe = (
+        "import sys; sys.argv = ['kl-plugins', 'doctor', '--json']\n"
+        "from kl_plugins.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print([name for name in ('torch', 'trl', 'vllm', 'ray', 'transformers') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
