@@ -2,7 +2,10 @@
 
 
 class ConfigError(ValueError):
-    """A configuration that is unknown, contradictory, or whose gradient is zero or biased."""
+    """A configuration that is unknown, contradictory, or whose gradient is zero or biased. `args` are its problems."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if len(self.args) == 1 else "\n".join(f"- {problem}" for problem in self.args)
 
 
 class UnknownLossError(KeyError):
@@ -19,4 +22,4 @@ class PatchError(RuntimeError):
 def refuse(problems: list[str]) -> None:
     """Raise one `ConfigError` that lists every problem; return if there is none."""
     if problems:
-        raise ConfigError(problems[0] if len(problems) == 1 else "\n".join(f"- {problem}" for problem in problems))
+        raise ConfigError(*problems)

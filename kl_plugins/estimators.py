@@ -27,8 +27,13 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """`exp(-u) - 1 + u`: unbiased, never negative. Written with `expm1`; overflows to inf below u = -88 (float32)."""
-    return (-log_ratio).expm1() + log_ratio
+    """`exp(-u) - 1 + u`: unbiased, never negative. Overflows to inf below u = -88 (float32)."""
+    small = log_ratio.clamp(-0.5, 0.5)
+    series = small.new_ones(small.shape)
+    for n in range(14, 2, -1):  # where the terms of the closed form cancel: u^2/2 - u^3/6 + ..., to 1e-14
+        series = 1 - small / n * series
+    closed = (-log_ratio).expm1() + log_ratio
+    return (small.square() / 2 * series).where(log_ratio == small, closed)
 
 
 def k1_slope(log_ratio: Tensor) -> Tensor:

@@ -133,15 +133,21 @@ LOSSES: dict[str, KLLoss] = _built_in(
     ),
 )
 
+BUILT_IN = frozenset(LOSSES)
+
 
 def get_loss(name: str) -> KLLoss:
     """The record registered as `name`: built in, or of an installed third party.
 
-    Raises `UnknownLossError` (with the closest names), or `ConfigError` if a third party's entry is unusable.
+    Raises `UnknownLossError` (with the closest names), or `ConfigError` if a third party's entry is unusable or claims
+    a name that is taken.
     """
-    if name not in LOSSES:
-        for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=name):
-            register(_load(entry_point))
+    found = list(entry_points(group=ENTRY_POINT_GROUP, name=name))
+    if len(found) + (name in BUILT_IN) > 1:
+        claims = ", ".join([*(["kl_plugins itself"] if name in BUILT_IN else []), *(entry.value for entry in found)])
+        raise ConfigError(f"KL loss {name!r} is registered more than once, by {claims}: rename or uninstall one")
+    if found and name not in LOSSES:
+        register(_load(found[0]))
     if name not in LOSSES:
         known = sorted({*LOSSES, *third_party_names()})
         close = get_close_matches(str(name), known, n=1)
@@ -168,7 +174,12 @@ def register(loss: KLLoss) -> KLLoss:
 
 
 def _load(entry_point: EntryPoint) -> KLLoss:
-    found = entry_point.load()
+    try:
+        found = entry_point.load()
+    except ImportError as error:
+        raise ConfigError(
+            f"entry point {entry_point.name!r} ({entry_point.value}) can't be imported: {error}"
+        ) from error
     loss = found() if callable(found) else found
     if not isinstance(loss, KLLoss):
         raise ConfigError(

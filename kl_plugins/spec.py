@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
 from kl_plugins.errors import ConfigError, refuse
-from kl_plugins.registry import KLLoss, get_loss
+from kl_plugins.registry import LOSSES, KLLoss, get_loss
 
 OFF_POLICY = ("none", "token", "prefix", "sequence")
 WEIGHT_CLIP_MODES = ("truncate", "mask")
@@ -51,7 +52,8 @@ class KLSpec:
     """Half width of PPO's clip range around a ratio of 1, in (0, 1)."""
     coefficient_bound: float | None = None
     """Largest |coefficient|, for losses with an exponential in it. `None` is the largest finite number of the dtype:
-    it only keeps an overflow from becoming inf. A bounded coefficient never becomes 0."""
+    it only keeps an overflow from becoming inf, and the gradient's norm still overflows where tokens are some e^44
+    times less likely than under the reference: set it, to 1e4 say, if yours are. It never becomes 0."""
     nonfinite: str = "error"
     """A NaN or inf log-prob at a counted token: `"error"`, or `"drop"` the token and count it."""
     allow_biased: bool = False
@@ -61,27 +63,34 @@ class KLSpec:
         loss = get_loss(self.name)
         if self.credit is None:
             object.__setattr__(self, "credit", loss.default_credit)
-        refuse(_bad_values(self, loss))
-        object.__setattr__(self, "weight_clip", tuple(float(bound) for bound in self.weight_clip))
-        refuse(_unused_options(self, loss) + _refused_gradient(self, loss))
+        given: Any = self.weight_clip
+        if isinstance(given, list):  # from YAML or the command line
+            object.__setattr__(self, "weight_clip", tuple(given))
+        bad = _bad_values(self, loss)
+        refuse([*bad.values(), *_unused_options(self, loss, bad), *_refused_gradient(self, loss, bad)])
+        object.__setattr__(self, "weight_clip", tuple(map(float, self.weight_clip)))
 
     @classmethod
     def from_name(cls, name: str, **options: Any) -> KLSpec:
         """`KLSpec.from_name("k2_as_loss", off_policy="token")`; an unknown option is a `ConfigError`."""
         known = [field.name for field in fields(cls) if field.name != "name"]
-        problems = []
+        unknown = []
         for option in options:
             if option not in known:
                 close = get_close_matches(option, known, n=1)
                 hint = f"did you mean {close[0]!r}? " if close else ""
-                problems.append(f"unknown KL option {option!r}: {hint}options are {', '.join(known)}")
-        refuse(problems)
-        return cls(name=name, **options)
+                unknown.append(f"unknown KL option {option!r}: {hint}options are {', '.join(known)}")
+        try:
+            spec = cls(name=name, **{option: value for option, value in options.items() if option in known})
+        except ConfigError as error:
+            refuse([*unknown, *error.args])
+        refuse(unknown)
+        return spec
 
     @property
     def loss(self) -> KLLoss:
         """The registered record."""
-        return get_loss(self.name)
+        return LOSSES.get(self.name) or get_loss(self.name)
 
     @property
     def gradient_of(self) -> str:
@@ -93,7 +102,8 @@ class KLSpec:
         return self.loss.gradient_of.get("token", "biased") if self.gamma == 0 else "biased"
 
 
-def _bad_values(spec: KLSpec, loss: KLLoss) -> list[str]:
+def _bad_values(spec: KLSpec, loss: KLLoss) -> dict[str, str]:
+    """What is wrong with each option by itself."""
     choices = {
         "credit": tuple(loss.gradient_of),
         "off_policy": OFF_POLICY,
@@ -102,33 +112,34 @@ def _bad_values(spec: KLSpec, loss: KLLoss) -> list[str]:
         "clip": CLIPS,
         "nonfinite": NONFINITE,
     }
-    problems = [
-        f"{option}={found!r} is not offered by {spec.name}: choose from {', '.join(map(repr, offered))}"
+    problems = {
+        option: f"{option}={found!r} is not offered by {spec.name}: choose from {', '.join(map(repr, offered))}"
         for option, offered in choices.items()
         if (found := getattr(spec, option)) not in offered
-    ]
+    }
     if not _is_number(spec.gamma) or not 0 <= spec.gamma <= 1:
-        problems.append(f"gamma={spec.gamma!r}: a discount is a number in [0, 1]")
+        problems["gamma"] = f"gamma={spec.gamma!r}: a discount is a number in [0, 1]"
     if not _is_number(spec.clip_epsilon) or not 0 < spec.clip_epsilon < 1:
-        problems.append(f"clip_epsilon={spec.clip_epsilon!r}: PPO's clip range is a number in (0, 1)")
+        problems["clip_epsilon"] = f"clip_epsilon={spec.clip_epsilon!r}: PPO's clip range is a number in (0, 1)"
     bound = spec.coefficient_bound
     if bound is not None and not (_is_number(bound) and 0 < bound < math.inf):
-        problems.append(f"coefficient_bound={bound!r}: a bound is a positive finite number, or None")
-    return problems + _bad_weight_clip(spec.weight_clip)
+        problems["coefficient_bound"] = f"coefficient_bound={bound!r}: a bound is a positive finite number, or None"
+    if not _is_weight_clip(spec.weight_clip):
+        problems["weight_clip"] = (
+            f"weight_clip={spec.weight_clip!r}: give (low, high) with 0 <= low <= 1 <= high, so that an on-policy "
+            "weight of 1 is left alone"
+        )
+    return problems
 
 
-def _bad_weight_clip(weight_clip: Any) -> list[str]:
-    if isinstance(weight_clip, tuple | list) and len(weight_clip) == 2 and all(map(_is_number, weight_clip)):
-        low, high = weight_clip
-        if 0 <= low <= 1 <= high and low < high:
-            return []
-    return [
-        f"weight_clip={weight_clip!r}: give (low, high) with 0 <= low <= 1 <= high, so that an on-policy weight of 1 "
-        "is left alone"
-    ]
+def _is_weight_clip(weight_clip: Any) -> bool:
+    if not isinstance(weight_clip, tuple) or len(weight_clip) != 2 or not all(map(_is_number, weight_clip)):
+        return False
+    low, high = weight_clip
+    return bool(0 <= low <= 1 <= high and low < high)
 
 
-def _unused_options(spec: KLSpec, loss: KLLoss) -> list[str]:
+def _unused_options(spec: KLSpec, loss: KLLoss, bad: Collection[str]) -> list[str]:
     """Options that were changed but that the rest of the configuration never reads."""
     unused = {
         "gamma": "only credit='to_go' discounts" if spec.credit != "to_go" else "",
@@ -141,9 +152,9 @@ def _unused_options(spec: KLSpec, loss: KLLoss) -> list[str]:
     problems = [
         f"{option}={getattr(spec, option)!r} is not used by {spec.name} as configured: {why}; leave it out"
         for option, why in unused.items()
-        if why and getattr(spec, option) != defaults[option]
+        if why and option not in bad and getattr(spec, option) != defaults[option]
     ]
-    if spec.clip is not None and spec.off_policy != "token":
+    if spec.clip is not None and spec.off_policy != "token" and not {"clip", "off_policy"} & set(bad):
         problems.append(
             f"clip={spec.clip!r} clips the token ratio, but off_policy={spec.off_policy!r} was asked for: use "
             "off_policy='token', or leave clip out"
@@ -151,8 +162,8 @@ def _unused_options(spec: KLSpec, loss: KLLoss) -> list[str]:
     return problems
 
 
-def _refused_gradient(spec: KLSpec, loss: KLLoss) -> list[str]:
-    if spec.allow_biased or spec.gradient_of not in ("zero", "biased"):
+def _refused_gradient(spec: KLSpec, loss: KLLoss, bad: Collection[str]) -> list[str]:
+    if spec.allow_biased or {"credit", "gamma"} & set(bad) or spec.gradient_of not in ("zero", "biased"):
         return []
     if loss.gradient_of[str(spec.credit)] != spec.gradient_of:
         return [

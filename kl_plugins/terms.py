@@ -79,24 +79,25 @@ def kl_terms(
         `ConfigError`: `baseline="leave_one_out"` with neither `group_size` nor `baseline`.
     """
     logp, ref_logp, behavior_logp, counted, dropped = _checked(spec, logp, ref_logp, mask, behavior_logp)
-    live, log_ratio = logp, (logp - ref_logp).detach()
+    log_ratio = (logp - ref_logp).detach()
     unscored = behavior_logp.isnan()
-    log_rho = torch.where(unscored, 0.0, live.detach() - behavior_logp)
+    log_rho = torch.where(unscored, 0.0, logp.detach() - behavior_logp)
 
     pointwise, credited = _credited(spec, log_ratio, counted)
-    value = torch.where(counted, _finite(spec.loss.value(log_ratio)), 0.0)
+    value = torch.where(counted, _bounded(spec.loss.value(log_ratio)), 0.0)
     coefficient = torch.where(counted, credited, 0.0)
     subtracted = torch.where(counted, _baseline(spec, credited, counted, group_size, baseline), 0.0)
+    reduced = _bounded(coefficient - subtracted)
 
     weight, cut = importance_weight(log_rho, counted, spec)
     if spec.clip is not None:
-        weight, cut = _ppo_clip(weight, cut, log_rho, coefficient - subtracted, spec.clip_epsilon)
-    weighted = _weighted_credit(pointwise, coefficient, weight, spec)
-    score_coefficient = torch.where(counted, _finite(weighted - _finite(weight * subtracted)), 0.0)
+        weight, cut = _ppo_clip(weight, cut, log_rho, reduced, spec.clip_epsilon)
+    weighted = _weighted_credit(pointwise, coefficient, weight, spec) - _bounded(weight * subtracted)
+    score_coefficient = torch.where(counted, _bounded(weighted), 0.0)
     return KLTerms(
-        loss=surrogate(logp=live, value=value, score_coefficient=score_coefficient),
+        loss=surrogate(logp=logp, value=value, score_coefficient=score_coefficient),
         value=value,
-        coefficient=coefficient - subtracted,
+        coefficient=reduced,
         weight=weight,
         score_coefficient=score_coefficient,
         log_ratio=log_ratio,
@@ -144,8 +145,9 @@ def leave_one_out_baseline(spec: KLSpec, *, logp: Tensor, ref_logp: Tensor, mask
 
 def _credited(spec: KLSpec, log_ratio: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T) coefficients before and after credit is assigned. A masked token can still answer for later ones."""
-    pointwise = torch.where(counted, _finite(spec.loss.coefficient(log_ratio), spec.coefficient_bound), 0.0)
-    return pointwise, _finite(assign_credit(pointwise, spec.credit, spec.gamma))
+    pointwise = _bounded(spec.loss.coefficient(log_ratio), spec.coefficient_bound)
+    pointwise = torch.where(counted, _summable(pointwise, spec.credit), 0.0)
+    return pointwise, assign_credit(pointwise, spec.credit, spec.gamma)
 
 
 def _leave_one_out(credited: Tensor, counted: Tensor, group_size: int, credit: str | None) -> Tensor:
@@ -161,10 +163,12 @@ def _leave_one_out(credited: Tensor, counted: Tensor, group_size: int, credit: s
             "members and divide the batch; pass the number of completions per prompt"
         )
     answers = (assign_credit(counted.to(credited.dtype), credit) > 0).to(credited.dtype)
+    groups = (batch // group_size, group_size, length)
     others = 1 - torch.eye(group_size, dtype=credited.dtype, device=credited.device)
-    count = torch.einsum("ij,gjt->git", others, answers.view(-1, group_size, length))
-    mean = torch.einsum("ij,gjt->git", others / group_size, credited.view(-1, group_size, length))
-    return (mean * (group_size / count.clamp(min=1))).reshape(batch, length)
+    with torch.autocast(credited.device.type, enabled=False):  # which would round to half precision
+        count = torch.einsum("ij,gjt->git", others, answers.view(*groups))
+        mean = torch.einsum("ij,gjt->git", others / group_size, credited.view(*groups))
+    return _bounded(mean * (group_size / count.clamp(min=1))).reshape(batch, length)
 
 
 def importance_weight(log_rho: Tensor, mask: Tensor, spec: KLSpec) -> tuple[Tensor, Tensor]:
@@ -204,28 +208,38 @@ def _weighted_credit(pointwise: Tensor, coefficient: Tensor, weight: Tensor, spe
     That is unbiased, since E_mu[prod_{r<=max(s,t)} rho_r u_s score_t] = E_pi[u_s score_t].
     """
     if spec.off_policy != "prefix" or spec.credit == "token":
-        return _finite(weight * coefficient)
-    later = assign_credit(_finite(weight * pointwise), "to_go", spec.gamma)
+        return _bounded(weight * coefficient)
+    later = assign_credit(_summable(weight * pointwise, spec.credit), "to_go", spec.gamma)
     if spec.credit == "to_go":
-        return _finite(later)
+        return later
     earlier = torch.nn.functional.pad(pointwise.cumsum(-1)[:, :-1], (1, 0))
-    return _finite(later + _finite(weight * earlier))
+    return later + _bounded(weight * earlier)
 
 
 def _baseline(spec: KLSpec, credited: Tensor, counted: Tensor, group_size: int | None, given: Tensor | None) -> Tensor:
     if spec.baseline is None:
+        if given is not None:
+            raise ConfigError("a baseline was passed, but the configuration has none: set baseline='leave_one_out'")
         return torch.zeros_like(credited)
     if given is not None:
         _same_shape({"logp": credited, "baseline": given})
-        return given.to(credited.dtype)
+        if not (given.isfinite() | ~counted).all():
+            raise ValueError("the baseline that was passed is not finite at a counted token: it must be everywhere")
+        return given.detach().to(credited.dtype)
     if group_size is None:
         raise ConfigError("baseline='leave_one_out' was asked for without groups: pass group_size (or baseline)")
     return _leave_one_out(credited, counted, group_size, spec.credit)
 
 
-def _finite(x: Tensor, bound: float | None = None) -> Tensor:
+def _bounded(x: Tensor, bound: float | None = None) -> Tensor:
+    """At most `bound`, None: the largest finite number. An overflow stays what it was, large, with its sign."""
     limit = torch.finfo(x.dtype).max if bound is None else bound
     return x.clamp(-limit, limit)
+
+
+def _summable(x: Tensor, credit: str | None) -> Tensor:
+    """Bounded so that the sums over (B, T) that `credit` takes don't overflow either, and none is inf - inf."""
+    return x if credit == "token" else _bounded(x, torch.finfo(x.dtype).max / max(x.size(-1), 1))
 
 
 def _checked(
@@ -235,7 +249,10 @@ def _checked(
     behavior_logp = logp.detach() if behavior_logp is None else behavior_logp.detach()
     _same_shape({"logp": logp, "ref_logp": ref_logp, "mask": mask, "behavior_logp": behavior_logp})
     dtype = torch.promote_types(logp.dtype, torch.float32)
+    narrow = torch.finfo(logp.dtype).max
     logp, ref_logp, behavior_logp = (x.to(dtype) for x in (logp, ref_logp.detach(), behavior_logp))
+    if logp.requires_grad and narrow < torch.finfo(dtype).max:  # the gradient is cast back, and must not become inf
+        logp.register_hook(lambda gradient: gradient.clamp(-narrow, narrow))
     counted = mask.bool()
     not_binary = (mask != 0) & (mask != 1)
     nonfinite = counted & ~(logp.isfinite() & ref_logp.isfinite() & ~behavior_logp.isinf())

@@ -47,6 +47,7 @@ class ProgressBarCallback(TrainerCallback):
         self.description = description
         self._progress: Any = None
         self._task: Any = None
+        self._numbers: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -65,11 +66,12 @@ class ProgressBarCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._progress is None or not logs:
             return
-        shown = (("reward", "reward", ".2f"), ("KL", "kl/k3", ".4f"), ("KL", "kl", ".4f"), ("ESS", "kl/ess", ".1%"))
-        numbers = {label: format(logs[key], form) for label, key, form in reversed(shown) if logs.get(key) is not None}
-        if "reward" in numbers:
-            text = "  ".join(f"{label} {number}" for label, number in reversed(numbers.items()))
-            self._progress.update(self._task, numbers=text)
+        shown = (("reward", "reward", ".2f"), ("KL", "kl", ".4f"), ("ESS", "kl/ess", ".1%"))
+        for label, key, form in shown:
+            if logs.get(key) is not None:
+                self._numbers[label] = format(logs[key], form)
+        numbers = "  ".join(f"{label} {number}" for label, number in self._numbers.items())
+        self._progress.update(self._task, numbers=numbers)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.stop()

@@ -1,0 +1,185 @@
+"""What the plugin costs: a training step of stock TRL against one with kl="k2_as_loss", side by side in one process.
+
+Both trainers hold the same weights and get the same prepared, off-policy batches; their steps (loss and backward pass)
+alternate, so that whatever else the machine does hits both. Time is the ratio of paired steps; memory is the ratio of
+the peaks above what the process held before the step (Linux resets the peak of a process on request; on a GPU it is
+torch.cuda.max_memory_allocated). Writes runs/benchmark.json.
+
+Hardware: a CPU (12 GiB) or one GPU. Takes: about 5 minutes on 2 cores at the default shape.
+Launch: python recipes/benchmark.py [--vocabulary 150000] [--rows 8] [--tokens 512] [--steps 12]
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import trl
+import typer
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+import kl_plugins.trl
+
+
+def make_model(folder: str, vocabulary: int, hidden: int, context: int) -> None:
+    """A two-layer Llama with a large vocabulary, as the language models have whose KL this is about."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<pad>": 0, "<eos>": 1, "a": 2}
+    core = Tokenizer(models.WordLevel(words, unk_token="a"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+
+
+def make_trainer(cls, config, folder: str, **options):
+    args = config(
+        output_dir=folder,
+        beta=0.04,
+        num_generations=2,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        model_init_kwargs={"dtype": "float32"},
+        **options,
+    )
+    prompts = Dataset.from_list([{"prompt": "a"}] * 8)
+    trainer = cls(model=folder, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=args,
+                  train_dataset=prompts)  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1  # set by Trainer.train otherwise
+    trainer.model.train()
+    return trainer
+
+
+def make_batch(trainer, rows: int, tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    """A ragged batch whose old policy and reference differ from the policy, so that weights are exercised."""
+    device = trainer.accelerator.device
+    ids = torch.randint(3, vocabulary, (rows, tokens + 16), device=device)
+    lengths = torch.randint(tokens // 2, tokens + 1, (rows, 1), device=device)
+    mask = (torch.arange(tokens, device=device) < lengths).long()
+    prompt_mask = torch.ones_like(ids[:, :16])
+    with torch.no_grad():
+        logp, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, torch.cat([prompt_mask, mask], dim=1), tokens
+        )
+    return {
+        "prompt_ids": ids[:, :16],
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids[:, 16:],
+        "completion_mask": mask,
+        "advantages": torch.randn(rows, device=device),
+        "num_items_in_batch": mask.sum(),
+        "old_per_token_logps": logp + 0.1 * torch.randn_like(logp),
+        "ref_per_token_logps": logp + 0.3 * torch.randn_like(logp),
+    }
+
+
+def resident(field: str) -> int:
+    """Bytes that Linux reports for this process: VmRSS now, or VmHWM, its peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measured_step(trainer, batch) -> tuple[float, int]:
+    """Seconds of one loss and backward pass, and its peak memory above what was held before."""
+    trainer.model.zero_grad()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = resident("VmRSS")
+    start = time.perf_counter()
+    trainer.compute_loss(trainer.model, batch).backward()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    return seconds, peak - before
+
+
+def main(
+    vocabulary: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 150_000,
+    rows: Annotated[int, typer.Option(help="Completions in a batch.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of the longest completion.")] = 512,
+    hidden: Annotated[int, typer.Option(help="Width of the two-layer trunk.")] = 64,
+    steps: Annotated[int, typer.Option(help="Measured steps of each trainer, after two to warm up.")] = 12,
+    output: Annotated[Path, typer.Option(help="Where the numbers go, as JSON.")] = Path("runs/benchmark.json"),
+) -> None:
+    """Time and memory of a training step, stock TRL against the plugin."""
+    set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(folder, vocabulary, hidden, tokens + 16)
+        trainers = {
+            "stock TRL": make_trainer(trl.GRPOTrainer, trl.GRPOConfig, folder),
+            "kl_plugins": make_trainer(
+                kl_plugins.trl.GRPOTrainer, kl_plugins.trl.GRPOConfig, folder, kl="k2_as_loss", kl_off_policy="token"
+            ),
+        }
+        seconds, memory = ({name: [] for name in trainers} for _ in range(2))
+        for step in track(range(-2, steps), description="steps of both, in turn"):
+            batch = make_batch(trainers["stock TRL"], rows, tokens, vocabulary)
+            turns = list(trainers.items())
+            for name, trainer in turns if step % 2 else reversed(turns):  # neither always goes first
+                took, peak = measured_step(trainer, batch)
+                if step >= 0:
+                    seconds[name].append(took)
+                    memory[name].append(peak)
+
+    def ratio(measured) -> dict[str, float]:
+        paired = sorted(
+            ours / theirs if theirs else float("nan")  # a step too small to be seen in the peak
+            for ours, theirs in zip(measured["kl_plugins"], measured["stock TRL"], strict=True)
+        )
+        return {"median": statistics.median(paired), "lowest": paired[0], "highest": paired[-1]}
+
+    result = {
+        "shape": {"vocabulary": vocabulary, "rows": rows, "tokens": tokens, "hidden": hidden},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "trl": trl.__version__},
+        "step_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "peak_bytes": {name: statistics.median(values) for name, values in memory.items()},
+        "time_ratio": ratio(seconds),
+        "memory_ratio": ratio(memory),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
+
+    table = Table(title=f"{rows} x {tokens} tokens, vocabulary {vocabulary}, {result['device']}", title_justify="left")
+    for column in ("", "stock TRL", "kl_plugins", "ratio (median)", "lowest", "highest"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, values, unit, ratios in (
+        ("step, seconds", result["step_seconds"], 1, result["time_ratio"]),
+        ("peak memory of a step, MiB", result["peak_bytes"], 2**20, result["memory_ratio"]),
+    ):
+        numbers = [f"{values[name] / unit:.3f}" for name in trainers]
+        table.add_row(label, *numbers, *(f"{ratios[key]:.3f}" for key in ("median", "lowest", "highest")))
+    Console().print(table)
+    print(f"{steps} paired steps; written to {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
