@@ -1,19 +1,22 @@
 """What the plugin costs: a training step of stock TRL against one with kl="k2_as_loss", side by side in one process.
 
 Both trainers hold the same weights and get the same prepared, off-policy batches; their steps (loss and backward pass)
-alternate, so that whatever else the machine does hits both. Time is the ratio of paired steps; memory is the ratio of
-the peaks above what the process held before the step (Linux resets the peak of a process on request; on a GPU it is
-torch.cuda.max_memory_allocated). Writes runs/benchmark.json.
+alternate, so that whatever else the machine does hits both. Time is the median ratio of paired steps; memory is the
+ratio of the peaks of one step above what was held before it, as torch's allocator (GPU) or profiler (CPU) counts it.
+Writes runs/benchmark.json.
 
 Hardware: a CPU (12 GiB) or one GPU. Takes: about 5 minutes on 2 cores at the default shape.
 Launch: python recipes/benchmark.py [--vocabulary 150000] [--rows 8] [--tokens 512] [--steps 12]
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import statistics
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
@@ -93,30 +96,38 @@ def make_batch(trainer, rows: int, tokens: int, vocabulary: int) -> dict[str, to
     }
 
 
-def resident(field: str) -> int:
-    """Bytes that Linux reports for this process: VmRSS now, or VmHWM, its peak."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def measured_step(trainer, batch) -> tuple[float, int]:
-    """Seconds of one loss and backward pass, and its peak memory above what was held before."""
-    trainer.model.zero_grad()
-    cuda = torch.cuda.is_available()
-    if cuda:
+def step(trainer, batch) -> float:
+    """Seconds of one loss and backward pass."""
+    trainer.model.zero_grad(set_to_none=False)
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = resident("VmRSS")
     start = time.perf_counter()
     trainer.compute_loss(trainer.model, batch).backward()
-    if cuda:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
-    return seconds, peak - before
+    return time.perf_counter() - start
+
+
+def peak_bytes(trainer, batch) -> int:
+    """The most that one step holds above what was held before it, by torch's allocator or (on a CPU) profiler."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(trainer, batch)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(trainer, batch)
+    changes = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of returning them: page faults would be half of a CPU step's time."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def main(
@@ -124,11 +135,12 @@ def main(
     rows: Annotated[int, typer.Option(help="Completions in a batch.")] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of the longest completion.")] = 512,
     hidden: Annotated[int, typer.Option(help="Width of the two-layer trunk.")] = 64,
-    steps: Annotated[int, typer.Option(help="Measured steps of each trainer, after two to warm up.")] = 12,
+    steps: Annotated[int, typer.Option(help="Measured pairs of steps.")] = 10,
     output: Annotated[Path, typer.Option(help="Where the numbers go, as JSON.")] = Path("runs/benchmark.json"),
 ) -> None:
     """Time and memory of a training step, stock TRL against the plugin."""
     set_seed(0)
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, vocabulary, hidden, tokens + 16)
         trainers = {
@@ -137,23 +149,16 @@ def main(
                 kl_plugins.trl.GRPOTrainer, kl_plugins.trl.GRPOConfig, folder, kl="k2_as_loss", kl_off_policy="token"
             ),
         }
-        seconds, memory = ({name: [] for name in trainers} for _ in range(2))
-        for step in track(range(-2, steps), description="steps of both, in turn"):
+        batch = make_batch(trainers["stock TRL"], rows, tokens, vocabulary)
+        memory = {name: peak_bytes(trainer, batch) for name, trainer in trainers.items()}  # this warms up, too
+        seconds = {name: [] for name in trainers}
+        for pair in track(range(steps), description="pairs of steps"):
             batch = make_batch(trainers["stock TRL"], rows, tokens, vocabulary)
             turns = list(trainers.items())
-            for name, trainer in turns if step % 2 else reversed(turns):  # neither always goes first
-                took, peak = measured_step(trainer, batch)
-                if step >= 0:
-                    seconds[name].append(took)
-                    memory[name].append(peak)
+            for name, trainer in turns if pair % 2 else reversed(turns):  # neither always goes first
+                seconds[name].append(step(trainer, batch))
 
-    def ratio(measured) -> dict[str, float]:
-        paired = sorted(
-            ours / theirs if theirs else float("nan")  # a step too small to be seen in the peak
-            for ours, theirs in zip(measured["kl_plugins"], measured["stock TRL"], strict=True)
-        )
-        return {"median": statistics.median(paired), "lowest": paired[0], "highest": paired[-1]}
-
+    paired = sorted(a / b for a, b in zip(seconds["kl_plugins"], seconds["stock TRL"], strict=True))
     result = {
         "shape": {"vocabulary": vocabulary, "rows": rows, "tokens": tokens, "hidden": hidden},
         "device": torch.cuda.get_device_name()
@@ -161,22 +166,21 @@ def main(
         else f"CPU, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "trl": trl.__version__},
         "step_seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "peak_bytes": {name: statistics.median(values) for name, values in memory.items()},
-        "time_ratio": ratio(seconds),
-        "memory_ratio": ratio(memory),
+        "time_ratio": {"median": statistics.median(paired), "lowest": paired[0], "highest": paired[-1]},
+        "peak_bytes": memory,
+        "memory_ratio": memory["kl_plugins"] / memory["stock TRL"],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")
 
     table = Table(title=f"{rows} x {tokens} tokens, vocabulary {vocabulary}, {result['device']}", title_justify="left")
-    for column in ("", "stock TRL", "kl_plugins", "ratio (median)", "lowest", "highest"):
+    for column in ("", "stock TRL", "kl_plugins", "ratio", "of all pairs"):
         table.add_column(column, justify="left" if not column else "right")
-    for label, values, unit, ratios in (
-        ("step, seconds", result["step_seconds"], 1, result["time_ratio"]),
-        ("peak memory of a step, MiB", result["peak_bytes"], 2**20, result["memory_ratio"]),
-    ):
-        numbers = [f"{values[name] / unit:.3f}" for name in trainers]
-        table.add_row(label, *numbers, *(f"{ratios[key]:.3f}" for key in ("median", "lowest", "highest")))
+    median, lowest, highest = (f"{result['time_ratio'][key]:.3f}" for key in ("median", "lowest", "highest"))
+    times = (f"{result['step_seconds'][name]:.3f}" for name in trainers)
+    peaks = (f"{memory[name] / 2**20:.1f}" for name in trainers)
+    table.add_row("step, seconds (median)", *times, median, f"{lowest} - {highest}")
+    table.add_row("peak memory of a step, MiB", *peaks, f"{result['memory_ratio']:.4f}", "")
     Console().print(table)
     print(f"{steps} paired steps; written to {output}")
 

@@ -1,0 +1,111 @@
+"""Every recipe, started as a user starts it, cut down to seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+pytestmark = pytest.mark.slow
+
+
+def start(name, *arguments, folder, code=0):
+    """Run a recipe in `folder`, which is not the repository; what it printed."""
+    env = dict(os.environ, KL_PLUGINS_MATH_MODEL=str(folder / "math"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    run = subprocess.run(
+        [sys.executable, str(RECIPES / name), *map(str, arguments)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert run.returncode == code, run.stdout[-2000:] + run.stderr[-3000:]
+    return run.stdout + run.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with a math model that was warmed up for a few steps only."""
+    folder = tmp_path_factory.mktemp("recipes")
+    start("make_math_model.py", "--max_steps", 20, folder=folder)
+    return folder
+
+
+def test_all_are_tested_here():
+    names = ["benchmark.py", "compare.py", "gradients.py", "grpo.py", "make_math_model.py", "rloo.py"]
+    assert sorted(path.name for path in RECIPES.rglob("*.py")) == names
+    assert sorted(path.name for path in RECIPES.rglob("*.yaml")) == ["grpo.yaml"]
+
+
+def test_make_math_model_is_made_once(folder):
+    made = (folder / "math" / "warmup.json").stat().st_mtime_ns
+    start("make_math_model.py", folder=folder)
+    assert (folder / "math" / "warmup.json").stat().st_mtime_ns == made
+    assert json.loads((folder / "math" / "train.jsonl").open().readline()).keys() == {"prompt", "answer"}
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_training_recipes(folder, name):
+    options = ["--use_vllm", "false", "--max_steps", 3, "--eval_examples", 16, "--kl", "k1_in_reward"]
+    said = start(f"{name}.py", *options, "--kl_off_policy", "prefix", folder=folder)
+    assert "kl/k3" in said or "KL" in said
+    rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in rows if "kl/k1" in row]) == 3
+    assert (folder / "runs" / name / "metrics.png").stat().st_size > 10_000
+
+
+def test_grpo_from_yaml(folder):
+    said = start(
+        "grpo.py", "--config", RECIPES / "grpo.yaml", "--use_vllm", "false", "--max_steps", 1, "--eval_examples", 0,
+        folder=folder,
+    )  # fmt: skip
+    assert "metrics.jsonl" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--dataset", "nowhere.jsonl"], "no such file"),
+        (["--prompt_column", "question"], "no column 'question'"),
+        (["--kl", "k1_as_loss"], "use k2_as_loss"),
+        (["--kl", "k2_as_los"], "did you mean 'k2_as_loss'"),
+        (["--kl", "k2_as_loss", "--kl_gamma", "0.5"], "gamma=0.5 is not used"),
+    ],
+)
+def test_mistakes_are_said_clearly(folder, options, says):
+    assert says in " ".join(start("grpo.py", "--use_vllm", "false", *options, folder=folder, code=1).split())
+
+
+def test_compare(folder):
+    said = start("compare.py", "--arms", "no KL", "k2_as_loss", "--max_steps", 2, folder=folder)
+    assert "k2_as_loss" in said
+    assert (folder / "runs" / "compare" / "compare.png").stat().st_size > 10_000
+    assert json.loads((folder / "runs" / "compare" / "table.json").read_text())
+
+
+def test_gradients_measures_what_the_readme_says(folder):
+    printed = start("gradients.py", folder=folder)
+    readme = (RECIPES.parent / "README.md").read_text()
+    rows = {
+        "k1": "k1 (slime", "k2": "k2 (offered", "k3 (GRPO's paper)": "k3 (GRPO", "k3 * ratio (TRL 1.16)": "k3 times",
+        "k3, value clamped at 10": "k3 with its", "kl_plugins k2_as_loss": "`kl_plugins` `k2",
+        "kl_plugins k1_in_reward, prefix": "`kl_plugins` `k1",
+    }  # fmt: skip
+    for term, start_of_row in rows.items():
+        found = next(line for line in printed.splitlines() if line.strip("│ ").startswith(f"{term} "))
+        claimed = next(line for line in readme.splitlines() if line.startswith(f"| {start_of_row}"))
+        assert [cell.strip() for cell in found.strip("│ ").split("│")][1:] == claimed.strip("| ").replace(
+            " ", ""
+        ).split("|")[1:]
+
+
+def test_benchmark(folder):
+    start("benchmark.py", "--vocabulary", 5000, "--rows", 4, "--tokens", 64, "--steps", 2, folder=folder)
+    result = json.loads((folder / "runs" / "benchmark.json").read_text())
+    assert result["time_ratio"]["lowest"] <= result["time_ratio"]["median"] <= result["time_ratio"]["highest"]
