@@ -16,6 +16,8 @@ Row = Mapping[str, Any]
 
 # Colour-blind safe (Okabe and Ito), in an order in which neighbours differ in lightness too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
+# So that one of two runs that coincide does not hide the other.
+LINE_STYLES = ("-", "-", "-", (0, (3, 2)), (0, (3, 2)), (0, (3, 2)), (0, (1, 1)), (0, (1, 1)))
 
 # Title, the keys that can fill the panel (first one found in a row wins), lower and upper limit of the axis.
 PANELS = (
@@ -107,7 +109,7 @@ def summary_table(rows: Sequence[Row], title: str) -> Any:
         table.add_row("reward on unseen prompts", f"{evaluated[0]:.3f}", f"{evaluated[-1]:.3f}")
     if steps:
         share = max(1, len(steps) // 10)
-        table.caption = f"{steps[-1]} steps; first and last: means over {share} logged step{'s' * (share > 1)} each"
+        table.caption = f"{max(row['step'] for row in rows)} steps; first and last: means over {share} logged step{'s' * (share > 1)} each"
     return table
 
 
@@ -137,7 +139,9 @@ def plot_runs(runs: Mapping[str, Sequence[Row] | Sequence[Sequence[Row]]], path:
             axis.set_axisbelow(True)
             axis.tick_params(colors="#444444", length=3)
             for index, (label, seeds) in enumerate(grouped.items()):
-                _draw(axis, [series(rows, *keys) for rows in seeds], COLOURS[index % len(COLOURS)], label)
+                colour, line = COLOURS[index % len(COLOURS)], LINE_STYLES[index % len(LINE_STYLES)]
+                curves = [series(rows, *keys) for rows in seeds]
+                _draw(axis, curves, label=label, colour=colour, line=line, raw=len(grouped) == 1)
             axis.margins(x=0.02)
             axis.set_ylim(bottom=low)
             if high is not None:
@@ -161,14 +165,25 @@ def _as_seeds(rows: Any) -> list[Sequence[Row]]:
     return [rows] if not rows or isinstance(rows[0], Mapping) else list(rows)
 
 
-def _draw(axis: Any, curves: Sequence[tuple[list[float], list[float]]], colour: str, label: str) -> None:
+def _draw(
+    axis: Any,
+    curves: Sequence[tuple[list[float], list[float]]],
+    *,
+    label: str,
+    colour: str,
+    line: Any,
+    raw: bool,
+) -> None:
     curves = [curve for curve in curves if curve[1]]
     if not curves:
-        axis.plot([], [], color=colour, label=label)  # the legend lists it although this panel has nothing of it
+        axis.plot(
+            [], [], color=colour, linestyle=line, label=label
+        )  # the legend lists it although this panel has nothing of it
         return
     if len(curves) == 1:
         steps, values = curves[0]
-        axis.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
+        if raw:
+            axis.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
     else:
         # Seeds may have been cut off at different steps: compare where all of them have a value.
         by_step = [dict(zip(*curve, strict=True)) for curve in curves]
@@ -178,7 +193,9 @@ def _draw(axis: Any, curves: Sequence[tuple[list[float], list[float]]], colour: 
         low, high = smoothed([min(c) for c in columns], width), smoothed([max(c) for c in columns], width)
         axis.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
         values = [statistics.fmean(c) for c in columns]
-    axis.plot(steps, smoothed(values, max(1, len(steps) // 12)), color=colour, linewidth=1.9, label=label)
+    axis.plot(
+        steps, smoothed(values, max(1, len(steps) // 12)), color=colour, linestyle=line, linewidth=1.9, label=label
+    )
 
 
 __all__ = ["first_and_last", "plot_runs", "read_metrics", "series", "smoothed", "summary_table"]
