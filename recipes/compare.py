@@ -187,7 +187,7 @@ def main():
         "ESS",
     )
     for name in columns:
-        table.add_column(name, justify="left" if name in columns[:2] else "right")
+        table.add_column(name, justify="left" if name in columns[:2] else "right", no_wrap=not name)
     if tiny:
         before = measure(model, model)
         table.add_row("(before)", "", "", "", *(format(before[k], ".3f") for k in before), "")

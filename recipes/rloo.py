@@ -208,7 +208,7 @@ def main():
         train = load_examples(f"{model}/train.jsonl", "train", script_args)
         held_out = load_examples(f"{model}/eval.jsonl", "train", script_args)
     if held_out:
-        held_out = held_out.select(range(min(script_args.eval_examples, len(held_out))))
+        held_out = held_out.select(range(min(script_args.eval_examples, len(held_out)))) or None
 
     # Left padding: completions are generated from the end of the prompt.
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")

@@ -61,11 +61,13 @@ def test_training_recipes(folder, name):
 
 
 def test_grpo_from_yaml(folder):
-    said = start(
-        "grpo.py", "--config", RECIPES / "grpo.yaml", "--use_vllm", "false", "--max_steps", 1, "--eval_examples", 0,
-        folder=folder,
-    )  # fmt: skip
-    assert "metrics.jsonl" in said
+    """The shipped file, with what needs a hub or time overridden on the command line."""
+    math = ["--model_name_or_path", folder / "math", "--dataset", folder / "math" / "train.jsonl"]
+    columns = ["--prompt_column", "prompt", "--eval_examples", 0, "--output_dir", "runs/yaml"]
+    small = ["--max_steps", 1, "--max_completion_length", 8, "--gradient_accumulation_steps", 1, "--use_vllm", "false"]
+    start("grpo.py", "--config", RECIPES / "grpo.yaml", *math, *columns, *small, folder=folder)
+    row = json.loads((folder / "runs" / "yaml" / "metrics.jsonl").open().readline())
+    assert row["kl/beta"] == 0.01
 
 
 @pytest.mark.parametrize(
@@ -74,8 +76,6 @@ def test_grpo_from_yaml(folder):
         (["--dataset", "nowhere.jsonl"], "no such file"),
         (["--prompt_column", "question"], "no column 'question'"),
         (["--kl", "k1_as_loss"], "use k2_as_loss"),
-        (["--kl", "k2_as_los"], "did you mean 'k2_as_loss'"),
-        (["--kl", "k2_as_loss", "--kl_gamma", "0.5"], "gamma=0.5 is not used"),
     ],
 )
 def test_mistakes_are_said_clearly(folder, options, says):
