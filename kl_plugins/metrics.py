@@ -1,9 +1,9 @@
 """The numbers that are logged: sums that ranks and micro-batches can add up, and what they mean.
 
 Names as in the project's contract: `kl/k1`, `kl/k2`, `kl/k3` are plain token means of the three estimates (nats,
-detached, unweighted), `kl/loss` the token mean of the added term after beta, `kl/ess` the effective sample size
-(sum w)^2 / sum w^2 as a share of tokens, `kl/clipped` the share of weights cut, `kl/unscored` and `kl/dropped` counts
-of tokens.
+detached, unweighted), `kl/loss` is beta times the token mean of the term's value (before the host's own reduction),
+`kl/ess` the effective sample size (sum w)^2 / sum w^2 as a share of tokens, `kl/clipped` the share of weights cut,
+`kl/unscored` and `kl/dropped` counts of tokens. All are over everything since the last log.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ class KLLoss:
     """Credit -> the expected on-policy gradient, one of `GRADIENTS`. Its keys are the credits that are offered."""
     default_credit: str = "token"
     """The credit used when the user names none."""
+    in_reward: bool = False
+    """Whether it stands for a KL in the reward: RLOO then gives it its leave-one-out baseline."""
     may_overflow: bool = True
     """Whether the coefficient can leave float32's range, so that `coefficient_bound` has something to bound."""
     expected: str = ""
@@ -73,6 +75,7 @@ def _built_in(*losses: KLLoss) -> dict[str, KLLoss]:
 LOSSES: dict[str, KLLoss] = _built_in(
     KLLoss(
         name="k1_in_reward",
+        in_reward=True,
         summary="Reverse KL of whole sequences: every token pays for the log-ratios of all that follow it.",
         value=estimators.k1,
         coefficient=estimators.k1,
@@ -112,6 +115,7 @@ LOSSES: dict[str, KLLoss] = _built_in(
     ),
     KLLoss(
         name="k2_in_reward",
+        in_reward=True,
         summary="The gradient of another objective, E[sum of k2], less the local reverse KL.",
         value=estimators.k2,
         coefficient=estimators.k2,
@@ -123,6 +127,7 @@ LOSSES: dict[str, KLLoss] = _built_in(
     ),
     KLLoss(
         name="k3_in_reward",
+        in_reward=True,
         summary="Reverse KL minus forward KL: it can point away from the reference.",
         value=estimators.k3,
         coefficient=estimators.k3,

@@ -5,7 +5,7 @@ What:      kl_plugins.trl.RLOOTrainer with a verifiable reward: 1 if the last nu
 Hardware:  without arguments 2 CPU cores, no GPU, no network; a GPU or several are used where there are any
 How long:  without arguments QUICKSECONDS s, of which 20-35 s start the vLLM engine; 20 s more to make the model once
 Launch:    python recipes/rloo.py
-           python recipes/rloo.py --config recipes/rloo.yaml
+           python recipes/rloo.py --kl k2_as_loss --kl_credit sequence --use_vllm false
            python recipes/rloo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k \
                --dataset_config main --prompt_column question --kl k1_in_reward --beta 0.01
            accelerate launch --num_processes 8 recipes/rloo.py --model_name_or_path ... --dataset ...

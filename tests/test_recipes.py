@@ -54,7 +54,7 @@ def test_make_math_model_is_made_once(folder):
 def test_training_recipes(folder, name):
     options = ["--use_vllm", "false", "--max_steps", 3, "--eval_examples", 16, "--kl", "k1_in_reward"]
     said = start(f"{name}.py", *options, "--kl_off_policy", "prefix", folder=folder)
-    assert "kl/k3" in said or "KL" in said
+    assert f"runs/{name}/metrics.png" in said
     rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     assert len([row for row in rows if "kl/k1" in row]) == 3
     assert (folder / "runs" / name / "metrics.png").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -9,8 +10,13 @@ import trl
 
 from kl_plugins.errors import ConfigError, refuse
 from kl_plugins.hosts import require_tested
+from kl_plugins.registry import get_loss
 from kl_plugins.spec import KLSpec
+from kl_plugins.trl.sampling import sampling_problems
 from kl_plugins.trl.seam import unclaimed_beta
+
+# Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
+COEFFICIENT_BOUND = 1e6
 
 
 def _option(default: Any, help: str) -> Any:
@@ -38,7 +44,9 @@ class KLFields:
     kl_baseline: str | None = _option(None, "leave_one_out, or None.")
     kl_clip: str | None = _option(None, "PPO's clip on the KL: separate, combined (in the advantage), or None.")
     kl_clip_epsilon: float = _option(0.2, "Half width of the clip range of kl_clip=separate.")
-    kl_coefficient_bound: float | None = _option(None, "Largest |coefficient|, for losses with an exponential.")
+    kl_coefficient_bound: float | None = _option(
+        None, "Largest |coefficient| of losses with an exponential; None is 1e6."
+    )
     kl_nonfinite: str = _option("error", "A NaN or inf log-prob at a counted token: error, or drop (and count) it.")
     kl_allow_biased: bool = _option(False, "Let a configuration with a zero or biased gradient through.")
 
@@ -52,8 +60,7 @@ class KLFields:
             refuse(self._options_without_kl())
             return
         require_tested("trl")
-        self.kl_spec()
-        refuse(self._contradictions())
+        refuse([*self._spec_problems(), *self._contradictions()])
         self.beta = unclaimed_beta(self.beta)
 
     def kl_spec(self) -> KLSpec | None:
@@ -61,7 +68,20 @@ class KLFields:
         if self.kl is None:
             return None
         options = {name.removeprefix("kl_"): value for name, value in self._kl_options().items()}
+        if self.kl_coefficient_bound is None and get_loss(self.kl).may_overflow:
+            options["coefficient_bound"] = COEFFICIENT_BOUND
         return KLSpec.from_name(self.kl, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """TRL's, for its logs and files: with `beta` as a plain number."""
+        return super().to_dict() | {"beta": float(self.beta)}  # type: ignore[misc]
+
+    def _spec_problems(self) -> tuple[str, ...]:
+        try:
+            self.kl_spec()
+        except ConfigError as error:
+            return error.args
+        return ()
 
     def _kl_options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(KLFields) if f.name != "kl"}
@@ -72,8 +92,8 @@ class KLFields:
 
     def _contradictions(self) -> list[str]:
         problems = []
-        if self.beta == 0:
-            problems.append(f"kl={self.kl!r} with beta=0: the term would be multiplied by 0; set beta, or kl=None")
+        if not 0 < self.beta < math.inf:
+            problems.append(f"kl={self.kl!r} with beta={self.beta:g}: set a positive finite beta, or kl=None")
         if self.kl_clip == "combined":
             problems += [
                 f"{name}={getattr(self, name)!r} is not used with kl_clip='combined', where TRL's own ratio and "
@@ -81,27 +101,7 @@ class KLFields:
                 for name in ("kl_clip_epsilon", "kl_weight_clip", "kl_weight_clip_mode")
                 if getattr(self, name) != _default(type(self), name)
             ]
-        return problems + ([] if self.kl_allow_biased else self._truncated_sampling())
-
-    def _truncated_sampling(self) -> list[str]:
-        """Sampling options that make every sampled KL a KL to something else than the policy."""
-        asked = {name: getattr(self, name) for name in _UNTRUNCATED} | (getattr(self, "generation_kwargs", None) or {})
-        return [
-            f"{name}={asked[name]!r}: tokens would be drawn from a truncated or penalized policy, but log-probs are "
-            f"those of the whole one, which biases every sampled KL; use {name}={neutral[0]!r} (temperature is "
-            "accounted for), or pass kl_allow_biased=True"
-            for name, neutral in _UNTRUNCATED.items()
-            if asked[name] not in neutral
-        ]
-
-
-_UNTRUNCATED = {
-    "top_p": (1.0, None),
-    "top_k": (0, -1, None),
-    "min_p": (None, 0.0),
-    "repetition_penalty": (1.0, None),
-    "vllm_structured_outputs_regex": (None,),
-}
+        return problems + ([] if self.kl_allow_biased else sampling_problems(self))
 
 
 def _default(config: type, name: str) -> Any:
@@ -138,18 +138,14 @@ class RLOOConfig(KLFields, trl.RLOOConfig):
     def _kl_options(self) -> dict[str, Any]:
         options = super()._kl_options()
         if options["kl_baseline"] == "auto" and self.kl is not None:
-            options["kl_baseline"] = "leave_one_out" if self.kl.endswith("_in_reward") else None
+            options["kl_baseline"] = "leave_one_out" if get_loss(self.kl).in_reward else None
         return options
 
     def _contradictions(self) -> list[str]:
-        spec = self.kl_spec()
         problems = super()._contradictions()
-        if spec is not None and spec.clip == "combined" and spec.credit != "sequence":
+        if self.kl_clip == "combined" and self.kl_credit != "sequence":
             problems.append(
-                f"kl_clip='combined' with kl_credit={spec.credit!r}: RLOO's advantage is one number a sequence; use "
-                "kl_credit='sequence', or kl_clip='separate'"
+                f"kl_clip='combined' with kl_credit={self.kl_credit!r}: RLOO's advantage is one number a sequence; "
+                "use kl_credit='sequence', or kl_clip='separate'"
             )
         return problems
-
-
-__all__ = ["ConfigError", "GRPOConfig", "RLOOConfig"]

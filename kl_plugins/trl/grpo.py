@@ -21,7 +21,7 @@ class GRPOTrainer(KLTrainer, trl.GRPOTrainer):
     """
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        if self.kl_spec is None:
+        if self.kl_spec is None or self.beta == 0:
             return super()._compute_loss(model, inputs)
         inputs = dict(inputs)
         added: list[Tensor] = []
@@ -42,7 +42,7 @@ class GRPOTrainer(KLTrainer, trl.GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.kl_spec is not None and self.kl_spec.baseline is not None:
+        if self.kl_spec is not None and self.kl_spec.baseline is not None and self.beta != 0:
             output["kl_baseline"] = self._rollout_baseline(self._rollout_logp(output), output)
         return output
 

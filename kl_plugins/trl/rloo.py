@@ -29,7 +29,7 @@ class RLOOTrainer(KLTrainer, trl.RLOOTrainer):
             self._sampling_logps = RecordedLogps(self.vllm_generation, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.kl_spec is None:
+        if self.kl_spec is None or self.beta == 0:
             return super()._generate_and_score_completions(inputs)
         scored: list[Tensor] = []  # TRL scores with the policy, then with the reference, and keeps neither
         with self._logps_seen_by(scored.append, times=2), host_kl_replaced(self, torch.zeros_like):
@@ -42,7 +42,7 @@ class RLOOTrainer(KLTrainer, trl.RLOOTrainer):
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        if self.kl_spec is None:
+        if self.kl_spec is None or self.beta == 0:
             return super()._compute_loss(model, inputs)
         inputs = dict(inputs)
         added: list[Tensor] = []
@@ -52,9 +52,9 @@ class RLOOTrainer(KLTrainer, trl.RLOOTrainer):
             self._log_kl(terms)
             if self.kl_spec.clip == "combined":  # credit "sequence": one coefficient a row, at its counted tokens
                 coefficient = terms.coefficient.sum(-1) / terms.mask.sum(-1).clamp(min=1)
-                inputs["advantages"] = inputs["advantages"] - self.beta * coefficient
+                inputs["advantages"] = inputs["advantages"] - float(self.beta) * coefficient
             else:
-                added.append(self.beta * terms.loss.sum(-1).mean())
+                added.append(float(self.beta) * terms.loss.sum(-1).mean())
 
         with self._logps_seen_by(see, times=1):
             loss = super()._compute_loss(model, inputs)

@@ -12,7 +12,7 @@ from kl_plugins.errors import PatchError
 
 
 class HostBeta(float):
-    """A `beta` that the host reads, compares and logs as the number it is, but whose product with a tensor is `term`.
+    """A `beta` that the host reads, compares and logs as the number it is, but `beta * tensor` is `term(tensor)`.
 
     TRL adds its KL as `self.beta * per_token_kl` (GRPO, to the per-token loss) and `self.beta * kl` (RLOO, to the
     reward). Answering that product leaves the host's own reduction, scaling and metrics exactly as they are, and its
@@ -34,10 +34,8 @@ class HostBeta(float):
         self.calls += 1
         return self.term(other)
 
-    __rmul__ = __mul__
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a saved or copied config holds a plain number
-        return float, (float(self),)
+    def __reduce__(self) -> tuple[Any, ...]:  # a copied or saved config is guarded as the original is
+        return unclaimed_beta, (float(self),)
 
 
 @contextmanager
@@ -46,13 +44,13 @@ def host_kl_replaced(trainer: Any, term: Callable[[Tensor], Tensor]) -> Iterator
 
     Raises `PatchError` if the host never asked for it, or asked more than once.
     """
-    beta = float(trainer.beta)
+    beta = trainer.beta
     trainer.beta = replaced = HostBeta(beta, term)
     try:
         yield
     finally:
         trainer.beta = beta
-    if replaced.calls != (0 if beta == 0 else 1):
+    if replaced.calls != 1:
         raise PatchError(
             f"{type(trainer).__name__} was expected to add its KL term once as beta * kl, but did so "
             f"{replaced.calls} times: this TRL computes it elsewhere; install a tested version or set kl=None"
@@ -60,12 +58,12 @@ def host_kl_replaced(trainer: Any, term: Callable[[Tensor], Tensor]) -> Iterator
 
 
 def unclaimed_beta(beta: float) -> HostBeta:
-    """The `beta` of a config with `kl` set, until one of our trainers takes it: in TRL's own trainer it raises."""
+    """The `beta` of a config or trainer with `kl` set, wherever our own code isn't running: there TRL's KL raises."""
 
     def unclaimed(_host_kl: Tensor) -> Tensor:
         raise PatchError(
-            "kl is set in a kl_plugins.trl config, but the trainer is TRL's own and would ignore it: use the trainer "
-            "of the same name from kl_plugins.trl, or set kl=None"
+            "kl is set in a kl_plugins.trl config, but TRL's own KL was about to be used: use the trainer of the same "
+            "name from kl_plugins.trl (a subclass must call its _compute_loss), or set kl=None"
         )
 
     return HostBeta(beta, unclaimed)

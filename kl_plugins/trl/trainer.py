@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from kl_plugins.errors import PatchError
+from kl_plugins.errors import PatchError, refuse
 from kl_plugins.metrics import kl_metrics, kl_sums
 from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline
-from kl_plugins.trl.vllm import follow_policy_on_cpu
+from kl_plugins.trl.sampling import model_generation_problems
+from kl_plugins.trl.seam import unclaimed_beta
+from kl_plugins.trl.vllm import follow_policy_on_cpu, require_processed_logprobs
 
 logger = logging.get_logger(__name__)
 
@@ -23,15 +25,36 @@ class KLTrainer:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._on_logps: Callable[[Tensor], None] | None = None
+        self._kl_sums: dict[str, Tensor] = {}  # mode -> sums since the last log
+        self._kl_weight_max: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
         spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
         self.kl_spec: Any = spec_of() if spec_of else None  # KLSpec or None
-        self.beta = float(self.beta)
         if self.use_vllm:
             follow_policy_on_cpu(self.vllm_generation)
         if self.kl_spec is not None:
-            say = logger.warning if self.kl_spec.gradient_of in ("zero", "biased") else logger.info
-            say(f"KL term: {self.kl_spec}; its expected on-policy gradient is {self.kl_spec.gradient_of}")
+            self.beta = unclaimed_beta(float(self.beta))
+            self._check_sampling()
+            self._say_what_is_trained()
+
+    def _check_sampling(self) -> None:
+        """Refuse what only shows once the model is there: its own generation options, and a server's log-probs."""
+        if self.use_vllm:
+            if self.args.vllm_mode == "server" and self.accelerator.is_main_process:
+                require_processed_logprobs(self.vllm_generation.vllm_client)
+        elif not self.kl_spec.allow_biased:
+            refuse(model_generation_problems(self.model.generation_config))
+
+    def _say_what_is_trained(self) -> None:
+        gradient = self.kl_spec.gradient_of
+        say = logger.warning if gradient in ("zero", "biased") else logger.info
+        say(f"KL term: {self.kl_spec}; its expected on-policy gradient is {gradient}")
+        loss_type = getattr(self.args, "loss_type", None)
+        if loss_type in ("grpo", "sapo"):
+            logger.warning(
+                f"loss_type={loss_type!r} divides every completion's KL by its own length, which biases any KL's "
+                "gradient where lengths vary; 'dr_grpo', 'luspo' and RLOO divide by a constant"
+            )
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -65,11 +88,19 @@ class KLTrainer:
         The behavior policy is the rollout engine where it reported log-probs, else the old policy, else (on-policy)
         the current one. Override it to experiment with terms of your own.
         """
+        if "ref_per_token_logps" not in inputs:
+            raise ValueError("beta was 0 when these completions were generated, so the reference did not score them")
+        mask = _mask(inputs)
+        if self.kl_spec.nonfinite == "drop" and (logp.isnan() & mask.bool()).any():
+            raise ValueError(
+                "the policy's log-probs hold a NaN, which TRL's own loss would spread to every parameter: "
+                "kl_nonfinite='drop' can only leave out tokens that the reference or the engine could not score"
+            )
         return kl_terms(
             self.kl_spec,
             logp=logp,
             ref_logp=inputs["ref_per_token_logps"],
-            mask=_mask(inputs),
+            mask=mask,
             behavior_logp=inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps")),
             baseline=inputs.get("kl_baseline"),
         )
@@ -94,11 +125,35 @@ class KLTrainer:
         return baseline[first : first + rows, :length]
 
     def _log_kl(self, terms: KLTerms) -> None:
-        mode = "train" if self.model.training else "eval"
-        sums = self.accelerator.reduce(kl_sums(terms), reduction="sum")
-        weight_max = self.accelerator.gather(terms.weight.max()).max()
-        for name, value in kl_metrics(sums, weight_max=weight_max, beta=float(self.beta)).items():
-            self._metrics[mode][name].append(value)
+        """Add a micro-batch to what the next log reports."""
+        mode, sums, weight_max = self._mode(), kl_sums(terms), terms.weight.max()
+        if mode in self._kl_sums:
+            sums, weight_max = sums + self._kl_sums[mode], torch.maximum(weight_max, self._kl_weight_max[mode])
+        self._kl_sums[mode], self._kl_weight_max[mode] = sums, weight_max
+
+    def kl_metrics(self) -> dict[str, float]:
+        """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
+        mode = self._mode()
+        if mode not in self._kl_sums:
+            return {}
+        sums = self.accelerator.reduce(self._kl_sums.pop(mode), reduction="sum")
+        weight_max = self.accelerator.gather(self._kl_weight_max.pop(mode)).max()
+        metrics = kl_metrics(sums, weight_max=weight_max, beta=float(self.beta))
+        if self.kl_spec.clip == "combined":  # TRL's own ratio and clip apply, and are logged by TRL
+            return {name: value for name, value in metrics.items() if name not in _OWN_WEIGHTS}
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's, after the `kl/*` numbers have joined its metrics."""
+        for name, value in self.kl_metrics().items():
+            self._metrics[self._mode()][name].append(value)
+        super().log(logs, *args, **kwargs)
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+
+_OWN_WEIGHTS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscored")
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers.utils import logging
 from trl.trainer.utils import pad
 
+from kl_plugins.errors import ConfigError
+
 logger = logging.get_logger(__name__)
 
 
@@ -30,6 +32,16 @@ def follow_policy_on_cpu(generation: Any) -> None:
 
     generation.sync_weights = sync_weights
     logger.info("vLLM runs on the CPU: its weights are reloaded as a whole at each sync")
+
+
+def require_processed_logprobs(client: Any) -> None:
+    """Raise `ConfigError` unless a vLLM server reports the log-probs of the distribution that it samples from."""
+    mode = client.get_server_info()["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ConfigError(
+            f"the vLLM server reports {mode}, not those of the distribution it samples from, and the KL would be "
+            "weighted by them: restart it with --logprobs-mode processed_logprobs"
+        )
 
 
 def _engine_is_cpu() -> bool:

@@ -70,12 +70,12 @@ for name, cls, config, options in [
         batch["kl_baseline"] = torch.nn.functional.pad(local, (0, 6 - width))
         baseline = batch["kl_baseline"]
     _, gradients = loss_and_gradients(trainer, batch)
-    metrics = {key: values[0] for key, values in trainer._metrics["train"].items() if key.startswith("kl/")}
-    results[name] = {"gradients": mean_over_ranks(gradients), "metrics": metrics, "baseline": baseline}
+    results[name] = {"gradients": mean_over_ranks(gradients), "metrics": trainer.kl_metrics(), "baseline": baseline}
 
 trained = trainer_of(GRPOTrainer, GRPOConfig, kl="k2_as_loss", num_iterations=2)
+results["start"] = parameters(trained)
 trained.train()
-results["parameters"] = parameters(trained)
+results["trained"] = parameters(trained)
 torch.save(results, f"{out}.{rank}")
 dist.barrier()
 dist.destroy_process_group()

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import pickle
+import shutil
 import sys
+import types
 
 import pytest
 import trl
+from tiny_trl import micro_batch
 from trl import TrlParser
 
 import kl_plugins.hosts
 from kl_plugins import ConfigError, PatchError, UnknownLossError
 from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig
+from kl_plugins.trl.vllm import require_processed_logprobs
 
 QUIET = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.04}
 BOTH = pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig])
@@ -27,6 +33,8 @@ def make(config, **options):
     ("options", "error", "says"),
     [
         ({"kl": "k2_as_loss", "beta": 0.0}, ConfigError, "beta=0"),
+        ({"kl": "k2_as_loss", "beta": -0.1}, ConfigError, "positive finite beta"),
+        ({"kl": "k2_as_loss", "beta": math.nan}, ConfigError, "positive finite beta"),
         ({"kl": "k2_as_los"}, UnknownLossError, "did you mean 'k2_as_loss'"),
         ({"kl": "k1_as_loss"}, ConfigError, "use k2_as_loss"),
         ({"kl": "k2_in_reward"}, ConfigError, "use k1_in_reward"),
@@ -40,7 +48,10 @@ def make(config, **options):
         ({"kl": "k2_as_loss", "kl_weight_clip": [2.0, 3.0]}, ConfigError, "low <= 1"),
         ({"kl": "k2_as_loss", "top_p": 0.9}, ConfigError, "top_p=0.9"),
         ({"kl": "k2_as_loss", "top_k": 50}, ConfigError, "top_k=50"),
-        ({"kl": "k2_as_loss", "generation_kwargs": {"min_p": 0.1}}, ConfigError, "min_p=0.1"),
+        ({"kl": "k2_as_loss", "generation_kwargs": {"min_p": 0.1}}, ConfigError, "min_p"),
+        ({"kl": "k2_as_loss", "generation_kwargs": {"temperature": 0.3}}, ConfigError, "temperature"),
+        ({"kl": "k2_as_loss", "generation_kwargs": {"presence_penalty": 1.0}}, ConfigError, "presence_penalty"),
+        ({"kl": "k2_as_loss", "generation_kwargs": {"min_tokens": 1}}, ConfigError, "min_tokens"),
         ({"kl": "k2_as_loss", "repetition_penalty": 1.1}, ConfigError, "repetition_penalty=1.1"),
         ({"kl": "k2_as_loss", "vllm_structured_outputs_regex": "[0-9]+"}, ConfigError, "structured_outputs_regex"),
         (
@@ -77,8 +88,37 @@ def test_rloo_has_one_advantage_a_sequence():
 
 def test_every_problem_is_named_at_once():
     with pytest.raises(ConfigError) as caught:
-        make(GRPOConfig, kl="k2_as_loss", beta=0.0, top_p=0.5, use_bias_correction_kl=False)
-    assert all(word in str(caught.value) for word in ("beta=0", "top_p=0.5", "use_bias_correction_kl"))
+        make(GRPOConfig, kl="k2_as_loss", kl_gamma=0.9, beta=0.0, top_p=0.5, use_bias_correction_kl=False)
+    assert all(word in str(caught.value) for word in ("gamma", "beta=0", "top_p=0.5", "use_bias_correction_kl"))
+
+
+@BOTH
+def test_harmless_generation_options_pass(config):
+    options = {"temperature": 0.7, "max_new_tokens": 5, "seed": 1, "top_p": 1.0, "stop": ["."]}
+    make(config, kl="k2_as_loss", temperature=0.7, generation_kwargs=options)
+
+
+@BOTH
+def test_the_coefficient_of_k3_is_bounded_by_default(config):
+    assert make(config, kl="k3_as_loss").kl_spec().coefficient_bound == 1e6
+    assert make(config, kl="k3_as_loss", kl_coefficient_bound=50.0).kl_spec().coefficient_bound == 50
+    assert make(config, kl="k2_as_loss").kl_spec().coefficient_bound is None
+
+
+def test_the_models_own_generation_options_are_refused(make_trainer, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"typical_p": 0.2, "eos_token_id": 1}))
+    with pytest.raises(ConfigError, match=r"generation_config\.typical_p=0\.2"):
+        make_trainer(GRPOTrainer, kl="k2_as_loss", policy=str(tmp_path / "model"))
+
+
+def test_a_vllm_server_must_report_the_sampled_distribution():
+    def server(mode):
+        return types.SimpleNamespace(get_server_info=lambda: {"model_config": {"logprobs_mode": mode}})
+
+    require_processed_logprobs(server("processed_logprobs"))
+    with pytest.raises(ConfigError, match=r"raw_logprobs.*--logprobs-mode processed_logprobs"):
+        require_processed_logprobs(server("raw_logprobs"))
 
 
 @BOTH
@@ -117,9 +157,25 @@ def test_from_yaml_and_the_command_line(config, tmp_path, monkeypatch):
     assert (spec.weight_clip_mode, spec.coefficient_bound, spec.baseline) == ("mask", 1e4, None)
 
 
-def test_trls_own_trainer_does_not_ignore_our_config(make_trainer):
-    trainer = make_trainer(trl.GRPOTrainer, config=GRPOConfig, kl="k2_as_loss")
+@pytest.mark.parametrize(
+    "passed_on", [lambda args: args, copy.deepcopy, lambda args: pickle.loads(pickle.dumps(args))]
+)
+def test_trls_own_trainer_does_not_ignore_our_config(make_trainer, passed_on):
+    def config(**options):
+        return passed_on(GRPOConfig(**options))
+
+    trainer = make_trainer(trl.GRPOTrainer, config=config, kl="k2_as_loss")
     with pytest.raises(PatchError, match="use the trainer of the same name"):
+        trainer.train()
+
+
+def test_a_subclass_that_bypasses_ours_does_not_train_on_trls_kl(make_trainer):
+    class Bypass(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return trl.GRPOTrainer._compute_loss(self, model, inputs)
+
+    trainer = make_trainer(Bypass, config=GRPOConfig, kl="k2_as_loss")
+    with pytest.raises(PatchError, match="must call its _compute_loss"):
         trainer.train()
 
 
@@ -133,7 +189,7 @@ def test_our_trainer_takes_trls_own_config(make_trainer):
 def test_a_config_is_saved_and_copied_as_plain_numbers():
     args = make(GRPOConfig, kl="k2_as_loss")
     assert json.loads(args.to_json_string())["beta"] == 0.04
-    assert type(copy.deepcopy(args).beta) is float
+    assert type(args.to_dict()["beta"]) is float
     assert args.beta == 0.04
     assert args.beta * 2 == 0.08
 
@@ -144,10 +200,7 @@ def test_a_host_that_no_longer_multiplies_by_beta_is_noticed(make_trainer, monke
     def without_kl(self, model, inputs):
         ids = inputs["prompt_ids"]
         logp, _, _ = self._get_per_token_logps_and_entropies(model, ids, inputs["prompt_mask"], 2)
-        inputs["ref_per_token_logps"] = inputs["ref_per_token_logps"]
         return logp.sum()
-
-    from tiny_trl import micro_batch
 
     batch = micro_batch(trainer, length=2)
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", without_kl)

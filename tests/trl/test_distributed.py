@@ -46,6 +46,8 @@ def test_two_processes_have_the_gradient_of_one(results, case):
     assert results[2][1][case]["metrics"] == pytest.approx(two["metrics"])
 
 
-def test_ranks_stay_together_in_training(results):
-    first, second = (results[2][rank]["parameters"] for rank in (0, 1))
+def test_training_in_two_processes(results):
+    """A whole run under DDP: both ranks took part in it, and it moved."""
+    first, second = (results[2][rank]["trained"] for rank in (0, 1))
     assert torch.equal(first, second)
+    assert not torch.equal(first, results[2][0]["start"])

@@ -103,3 +103,13 @@ def test_expected_gradient_in_the_parameters(make_trainer, others, cls, options,
     assert relative_error(expected_gradient(trainer, others, engine_known=True), wanted) < 1e-6
     ignored = relative_error(expected_gradient(trainer, others, engine_known=False), wanted)
     assert ignored > 0.02  # the bias of not weighing the KL by the engine's probabilities
+
+
+def test_a_reduction_by_length_is_biased_whatever_the_kl(make_trainer, others):
+    """README, Limits: loss_type grpo divides each completion's term by its length, which depends on what was drawn."""
+    trainer = make_trainer(GRPOTrainer, kl="k2_as_loss", kl_weight_clip=[0.0, 1e6], loss_type="grpo")
+    trainer.model.double()
+    wanted = true_gradient(trainer, others, "local_reverse_kl")
+    found = expected_gradient(trainer, others, engine_known=True)
+    scaled = found * (found @ wanted) / (found @ found)  # a mere scale is beta's business
+    assert relative_error(scaled, wanted) > 1e-3  # of an expectation that is exact to 1e-6 otherwise

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny_trl import loss_and_gradients, micro_batch, parameters
+from transformers import TrainerCallback
 
 from kl_plugins.terms import leave_one_out_baseline
 from kl_plugins.trl import GRPOTrainer, RLOOTrainer
@@ -45,11 +46,12 @@ def test_trains_and_logs_under_the_contracts_names(make_trainer, cls, options):
     assert parameters(trainer).isfinite().all()
     rows = [row for row in trainer.state.log_history if "kl/k1" in row]
     assert len(rows) == 3
+    names = LOGGED if options.get("kl_clip") != "combined" else {"kl/k1", "kl/k2", "kl/k3", "kl/beta"}
     for row in rows:
-        assert LOGGED <= set(row)
-        assert all(math.isfinite(row[name]) for name in LOGGED)
+        assert names <= set(row)
+        assert all(math.isfinite(row[name]) for name in names)
         assert row["kl/beta"] == 0.1
-        assert 0 < row["kl/ess"] <= 1 + 1e-6
+        assert 0 < row.get("kl/ess", 1) <= 1 + 1e-6
     assert rows[0]["kl/k3"] == pytest.approx(0, abs=1e-6)  # the policy starts as its reference
     assert rows[-1]["kl/k3"] > 1e-3
 
@@ -75,7 +77,7 @@ def test_logged_values_are_right(make_trainer):
     batch["ref_per_token_logps"] = logp - 7
     batch["old_per_token_logps"] = logp - torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 3.0])  # exp(3) > 10: truncated
     loss_and_gradients(trainer, batch)
-    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    metrics = trainer.kl_metrics()
     mask = batch["completion_mask"]
     late = (mask[:, 5].sum() / mask.sum()).item()
     assert late > 0
@@ -88,6 +90,77 @@ def test_logged_values_are_right(make_trainer):
     weights = torch.where(torch.arange(6) == 5, 10.0, 1.0) * mask
     ess = weights.sum() ** 2 / weights.square().sum() / mask.sum()
     assert metrics["kl/ess"] == pytest.approx(ess.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("off_policy", ["token", "prefix", "sequence"])
+def test_micro_batches_are_logged_as_one(make_trainer, off_policy):
+    """One row at a time, one of them fully masked: means, effective sample size and maximum are those of the whole."""
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_off_policy=off_policy)
+    batch = micro_batch(trainer)
+    batch["completion_mask"][2] = 0
+    loss_and_gradients(trainer, batch)
+    whole = trainer.kl_metrics()
+    for row in range(8):
+        loss_and_gradients(trainer, {name: x[row : row + 1] if x.dim() else x for name, x in batch.items()})
+    assert trainer.kl_metrics() == pytest.approx(whole, rel=1e-4)
+    assert whole["kl/ess"] < 0.99
+    assert trainer.kl_metrics() == {}
+
+
+def test_combined_logs_no_weights_of_its_own(make_trainer):
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_clip="combined")
+    loss_and_gradients(trainer, micro_batch(trainer))
+    assert set(trainer.kl_metrics()) == {"kl/k1", "kl/k2", "kl/k3", "kl/dropped", "kl/beta"}
+
+
+@BOTH
+def test_beta_annealed_to_zero_is_trl_without_kl(make_trainer, cls):
+    class Anneal(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.beta = 0.0
+
+    trainer = make_trainer(cls, kl="k1_in_reward", kl_baseline="leave_one_out", max_steps=3, callbacks=[Anneal()])
+    trainer.train()
+    assert ["kl/k1" in row for row in trainer.state.log_history[:3]] == [True, False, False]
+
+
+@BOTH
+def test_truncated_checkpointed_bf16_and_resumed(make_trainer, cls, tmp_path):
+    options = {"kl": "k1_in_reward", "kl_baseline": "leave_one_out", "gradient_checkpointing": True, "save_steps": 2}
+    options |= {"save_strategy": "steps", "num_iterations": 2, "model_init_kwargs": {"dtype": "bfloat16"}}
+    if cls is GRPOTrainer:
+        options["mask_truncated_completions"] = True
+    make_trainer(cls, max_steps=2, **options).train()
+    trainer = make_trainer(cls, max_steps=4, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+    assert all(math.isfinite(value) for value in logged(trainer, "kl/k1") + logged(trainer, "kl/ess"))
+    assert parameters(trainer).isfinite().all()
+
+
+@BOTH
+def test_what_can_be_dropped(make_trainer, cls):
+    """A token that the reference can't score is left out; a NaN of the policy would reach TRL's own loss: it stops."""
+    trainer = make_trainer(cls, kl="k2_as_loss", kl_nonfinite="drop")
+    batch = micro_batch(trainer, ragged=False)
+    batch["ref_per_token_logps"][1, 2] = torch.nan
+    loss, gradients = loss_and_gradients(trainer, batch)
+    assert loss.isfinite()
+    assert gradients.isfinite().all()
+    assert trainer.kl_metrics()["kl/dropped"] == 1
+    with torch.no_grad():
+        trainer.model.lm_head.weight[5] = torch.nan
+    with pytest.raises(ValueError, match="the policy's log-probs hold a NaN"):
+        loss_and_gradients(trainer, batch)
+
+
+def test_a_token_far_below_the_reference_costs_neither_the_step_nor_a_nan(make_trainer):
+    trainer = make_trainer(GRPOTrainer, kl="k3_as_loss")
+    batch = micro_batch(trainer)
+    batch["ref_per_token_logps"][0, 0] += 100
+    _, gradients = loss_and_gradients(trainer, batch)
+    assert gradients.norm().isfinite()
+    assert gradients.norm() > 1
 
 
 def test_accumulation_does_not_change_the_gradient(make_trainer):
@@ -123,16 +196,12 @@ def test_evaluation_with_one_completion_a_prompt_has_no_baseline(make_trainer, p
 
 
 def test_a_synced_reference_is_the_one_that_is_used(make_trainer):
-    trainer = make_trainer(
-        GRPOTrainer,
-        kl="k2_as_loss",
-        sync_ref_model=True,
-        ref_model_sync_steps=1,
-        ref_model_mixup_alpha=1.0,
-        max_steps=4,
-    )
-    trainer.train()
-    assert max(logged(trainer, "kl/k2")) == pytest.approx(0, abs=1e-6)  # reference = policy after every step
+    sync = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    for cls in (GRPOTrainer, RLOOTrainer):
+        for options, moves in ((sync, False), ({}, True)):
+            trainer = make_trainer(cls, kl="k2_as_loss", max_steps=4, **options)
+            trainer.train()
+            assert (max(logged(trainer, "kl/k2")) > 1e-3) == moves  # synced: reference = policy after every step
 
 
 @BOTH
