@@ -4,7 +4,9 @@ Each term is written as it is usually shipped and differentiated by autograd; no
 error against the local reverse KL's gradient (the prefixes held fixed, as every token-level term does) and against the
 whole sequence's, on-policy and with tokens from a stale policy, as geometric means over nine structured policies.
 
-Hardware: any CPU. Takes: 5 seconds. Launch: python recipes/gradients.py
+Then what the leave-one-out baseline does to the variance of k1 in reward, far from and near the reference.
+
+Hardware: any CPU. Takes: 10 seconds. Launch: python recipes/gradients.py
 """
 
 import torch
@@ -16,6 +18,7 @@ from kl_plugins.oracle import (
     enumerate_sequences,
     expected_gradient,
     relative_error,
+    second_moment,
     sequence_probability,
     structured_policies,
     token_logp,
@@ -74,3 +77,27 @@ for name, columns in errors.items():
     table.add_row(name, *(f"{mean:.2f}" if mean > 1e-10 else "0" for mean in means))
 Console(width=120).print(table)
 print("0: below 1e-10. The clamp's gradient is exactly 0 for tokens ~14 times less likely than under the reference.")
+
+# The baseline: exact total variance of the mean gradient of a group of four, with it over without it.
+table = Table(title="Variance of k1 in reward with the leave-one-out baseline, over without", title_justify="left")
+for column in ("policy", "KL, nats", "its deviation", "variance ratio"):
+    table.add_column(column, justify="left" if column == "policy" else "right")
+sequences = enumerate_sequences(vocabulary=3, length=3)
+avoided = torch.nn.functional.one_hot(torch.zeros(sequences.prefixes, dtype=torch.long), 3)
+for name, strengths in (("far: it avoids the reference's token", (2.0, 3.0, 4.0)), ("near", (0.5, 1.0, 2.0))):
+    for strength in strengths:
+        policy, reference, _ = structured_policies(sequences, seed=0, strength=strength)
+        if name != "near":
+            policy, reference = reference - strength * avoided, reference + strength * avoided
+        gap = ((token_logp(policy, sequences) - token_logp(reference, sequences)) * sequences.mask).sum(-1)
+        probability = sequence_probability(policy, sequences)
+        kl = (probability * gap).sum()
+        deviation = (probability * (gap - kl).square()).sum().sqrt()
+        variances = [
+            second_moment(
+                KLSpec.from_name("k1_in_reward", baseline=baseline), sequences, policy, reference, group_size=4
+            )[1]
+            for baseline in ("leave_one_out", None)
+        ]
+        table.add_row(name, f"{kl:.2f}", f"{deviation:.2f}", f"{variances[0] / variances[1]:.2f}")
+Console(width=120).print(table)
