@@ -40,7 +40,7 @@ benchmark: setup  ## time and memory of a step, stock TRL against the plugin
 	$(RUN) recipes/benchmark.py $(ARGS)
 
 test: setup  ## the whole test suite
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .
