@@ -109,7 +109,8 @@ def summary_table(rows: Sequence[Row], title: str) -> Any:
         table.add_row("reward on unseen prompts", f"{evaluated[0]:.3f}", f"{evaluated[-1]:.3f}")
     if steps:
         share = max(1, len(steps) // 10)
-        table.caption = f"{max(row['step'] for row in rows)} steps; first and last: means over {share} logged step{'s' * (share > 1)} each"
+        last, plural = max(row["step"] for row in rows), "s" * (share > 1)
+        table.caption = f"{last} steps; first and last: means over {share} logged step{plural} each"
     return table
 
 
@@ -127,7 +128,7 @@ def plot_runs(runs: Mapping[str, Sequence[Row] | Sequence[Sequence[Row]]], path:
 
     grouped = {label: _as_seeds(rows) for label, rows in runs.items()}
     panels = [panel for panel in PANELS if any(series(r, *panel[1])[1] for seeds in grouped.values() for r in seeds)]
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999"}
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999"}
     with plt.rc_context(style):
         figure, axes = plt.subplots(
             1, max(1, len(panels)), figsize=(4.7 * max(1, len(panels)), 4.0), squeeze=False, layout="constrained"

@@ -3,7 +3,7 @@
 What:      runs recipes/grpo.py once per configuration and seed: no KL, TRL's own, k1, k2 and k3 as loss, k1 in reward;
            then measures all trained models alike: the probability of the right answer, and the exact per-token KLs.
 Hardware:  2 CPU cores (two runs at a time, one thread each), no GPU, no network; transformers rollouts
-How long:  2-4 min with one seed (measured with the cores to itself, and shared)
+How long:  2-4 min with one seed, 7 min with three
 Launch:    python recipes/compare.py
            python recipes/compare.py --seeds 0 1 2 --beta 0.05
            python recipes/compare.py --arms "no KL" k2_as_loss k3_as_loss --max_steps 100 --num_iterations 4
@@ -130,11 +130,11 @@ def measure(folder, reference_folder):
 
 
 def mean_and_spread(values, form):
-    """`mean` of one value, `mean ± standard deviation` of several, a dash of none."""
+    """The mean, below it the standard deviation if there are several values; a dash if there is none."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"
-    spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
+    spread = f"\n±{format(statistics.stdev(values), form)}" if len(values) > 1 else ""
     return format(statistics.fmean(values), form) + spread
 
 

@@ -3,7 +3,7 @@
 What:      kl_plugins.trl.RLOOTrainer with a verifiable reward: 1 if the last number of a completion is the answer.
            Without arguments: a 0.3M-parameter model, made on the spot, learns two-digit additions with k1 in reward.
 Hardware:  without arguments 2 CPU cores, no GPU, no network; a GPU or several are used where there are any
-How long:  without arguments QUICKSECONDS s, of which 20-35 s start the vLLM engine; 20 s more to make the model once
+How long:  without arguments 70-80 s, of which 20-35 s start the vLLM engine; 20 s more the first time, for the model
 Launch:    python recipes/rloo.py
            python recipes/rloo.py --kl k2_as_loss --kl_credit sequence --use_vllm false
            python recipes/rloo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k \
