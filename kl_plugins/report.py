@@ -142,7 +142,7 @@ def plot_runs(runs: Mapping[str, Sequence[Row] | Sequence[Sequence[Row]]], path:
             for index, (label, seeds) in enumerate(grouped.items()):
                 colour, line = COLOURS[index % len(COLOURS)], LINE_STYLES[index % len(LINE_STYLES)]
                 curves = [series(rows, *keys) for rows in seeds]
-                _draw(axis, curves, label=label, colour=colour, line=line, raw=len(grouped) == 1)
+                _draw(axis, curves, label=label, colour=colour, line=line, crowd=len(grouped))
             axis.margins(x=0.02)
             axis.set_ylim(bottom=low)
             if high is not None:
@@ -173,7 +173,7 @@ def _draw(
     label: str,
     colour: str,
     line: Any,
-    raw: bool,
+    crowd: int,
 ) -> None:
     curves = [curve for curve in curves if curve[1]]
     if not curves:
@@ -183,7 +183,7 @@ def _draw(
         return
     if len(curves) == 1:
         steps, values = curves[0]
-        if raw:
+        if crowd == 1:
             axis.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
     else:
         # Seeds may have been cut off at different steps: compare where all of them have a value.
@@ -192,7 +192,7 @@ def _draw(
         columns = [[curve[step] for curve in by_step] for step in steps]
         width = max(1, len(steps) // 12)
         low, high = smoothed([min(c) for c in columns], width), smoothed([max(c) for c in columns], width)
-        axis.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
+        axis.fill_between(steps, low, high, color=colour, alpha=0.3 / (crowd + 1), linewidth=0)
         values = [statistics.fmean(c) for c in columns]
     axis.plot(
         steps, smoothed(values, max(1, len(steps) // 12)), color=colour, linestyle=line, linewidth=1.9, label=label
