@@ -122,7 +122,9 @@ def _explain_loss(console: Console, loss: KLLoss) -> None:
             console.print(f"  kl_off_policy=[bold]{off_policy}[/bold]: {effect}")
         console.print("  Weights cut by kl_weight_clip trade variance for bias; kl/clipped and kl/ess are logged.")
     if loss.may_overflow:
-        console.print("\nThe coefficient grows exponentially below the reference: kl_coefficient_bound limits it.")
+        console.print(
+            "\nThe coefficient grows exponentially below the reference; kl_coefficient_bound (1e6) limits it."
+        )
     console.print(f"\nsource: {loss.source}")
     refused = {"zero", "biased"} & set(loss.gradient_of.values())
     how = f'kl="{loss.name}", kl_allow_biased=True' if refused else f'kl="{loss.name}"'
