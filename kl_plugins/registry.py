@@ -128,7 +128,7 @@ LOSSES: dict[str, KLLoss] = _built_in(
     KLLoss(
         name="k3_in_reward",
         in_reward=True,
-        summary="Reverse KL minus forward KL: it can point away from the reference.",
+        summary="Reverse KL minus local forward KL: it can point away from the reference.",
         value=estimators.k3,
         coefficient=estimators.k3,
         gradient_of={"to_go": "biased"},

@@ -1,6 +1,6 @@
 """What a run looks like: reads `metrics.jsonl`, and makes a table and a picture of one run or of several.
 
-`rich` and `matplotlib` are imported where they are used: they come with the extra `trl`, not with the core.
+`matplotlib` is imported where it is used: it comes with the extra `plot`.
 """
 
 from __future__ import annotations
@@ -176,10 +176,8 @@ def _draw(
     crowd: int,
 ) -> None:
     curves = [curve for curve in curves if curve[1]]
-    if not curves:
-        axis.plot(
-            [], [], color=colour, linestyle=line, label=label
-        )  # the legend lists it although this panel has nothing of it
+    if not curves:  # the legend lists it although this panel has nothing of it
+        axis.plot([], [], color=colour, linestyle=line, label=label)
         return
     if len(curves) == 1:
         steps, values = curves[0]

@@ -25,7 +25,6 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-# Fields, not strings: TRL's argument parser resolves these annotations, hence no TYPE_CHECKING names below.
 @dataclass
 class KLFields:
     """The KL options of `kl_plugins.KLSpec`, each with a `kl_` in front. `beta` keeps TRL's meaning.
@@ -47,7 +46,9 @@ class KLFields:
     kl_coefficient_bound: float | None = _option(
         None, "Largest |coefficient| of losses with an exponential; None is 1e6."
     )
-    kl_nonfinite: str = _option("error", "A NaN or inf log-prob at a counted token: error, or drop (and count) it.")
+    kl_nonfinite: str = _option(
+        "error", "A NaN or inf log-prob of the reference: error, or drop (and count) the token."
+    )
     kl_allow_biased: bool = _option(False, "Let a configuration with a zero or biased gradient through.")
 
     def __post_init__(self) -> None:
