@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from numerics import DTYPES, both_signs, differentiate, largest, one_column, spec_of
 
-from kl_plugins import KLSpec, kl_terms
+from kl_plugins import KLSpec
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAGNITUDES = [m * 10.0**e for e in range(-6, 3) for m in (1.0, 2.5, 5.0)] + [20.0, 40.0, 88.0, 89.0, 104.0, 1000.0]
-LOG_RATIOS = [sign * magnitude for magnitude in MAGNITUDES for sign in (1.0, -1.0)]
+LOG_RATIOS = both_signs(MAGNITUDES)
 
 
 def k1(u):
@@ -35,30 +35,10 @@ IN_FLOAT64 = {  # coefficient and value before credit
 SMALL_LIMIT = torch.finfo(torch.float32).tiny
 
 
-def spec_of(name, **options):
-    return KLSpec.from_name(name, allow_biased=True, **options)
-
-
-def differentiate(spec, logp, ref_logp, mask=None, **more):
-    logp = logp.clone().requires_grad_()
-    terms = kl_terms(spec, logp=logp, ref_logp=ref_logp, mask=torch.ones(logp.shape) if mask is None else mask, **more)
-    return terms, torch.autograd.grad(terms.loss.sum(), logp)[0]
-
-
-def each_alone(dtype):
-    """(N, 1) inputs: every log-ratio once, from 0 against it, so that rounding leaves the difference what it is."""
-    logp = torch.tensor(LOG_RATIOS)[:, None].to(dtype)
-    return logp, torch.zeros_like(logp)
-
-
-def largest(dtype):
-    return torch.finfo(dtype).max
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", IN_FLOAT64)
 def test_coefficient_agrees_with_float64(name, dtype):
-    logp, ref_logp = each_alone(dtype)
+    logp, ref_logp = one_column(LOG_RATIOS, dtype)
     terms, gradient = differentiate(spec_of(name), logp, ref_logp)
     exact = IN_FLOAT64[name][0](logp.double() - ref_logp.double())
     fits = exact.abs() < largest(dtype)  # the gradient ends in that dtype
@@ -72,7 +52,7 @@ def test_coefficient_agrees_with_float64(name, dtype):
 @pytest.mark.parametrize("name", IN_FLOAT64)
 def test_gradient_agrees_with_float64_to_the_inputs_rounding(name, dtype):
     """Autograd hands a half-precision leaf its gradient rounded once to that precision."""
-    logp, ref_logp = each_alone(dtype)
+    logp, ref_logp = one_column(LOG_RATIOS, dtype)
     _, gradient = differentiate(spec_of(name), logp, ref_logp)
     exact = IN_FLOAT64[name][0](logp.double() - ref_logp.double())
     fits = (exact.abs() < largest(dtype) / 2) & (exact.abs() > torch.finfo(dtype).tiny)
@@ -85,7 +65,7 @@ def test_gradient_agrees_with_float64_to_the_inputs_rounding(name, dtype):
 @pytest.mark.parametrize("name", ["k2_as_loss", "k3_as_loss", "k2_in_reward", "k3_in_reward"])
 def test_value_is_the_unweighted_estimate(name, dtype):
     """For logging, so k3 may cancel to the rounding of its terms; no weight, credit, bound or baseline is in it."""
-    logp, ref_logp = each_alone(dtype)
+    logp, ref_logp = one_column(LOG_RATIOS, dtype)
     terms, _ = differentiate(spec_of(name), logp, ref_logp, behavior_logp=logp - 0.7)
     u = logp.double() - ref_logp.double()
     exact = IN_FLOAT64[name][1](u)

@@ -4,37 +4,18 @@ import math
 
 import pytest
 import torch
+from numerics import DTYPES, both_signs, differentiate, largest, one_column, spec_of
 
 from kl_plugins import ConfigError, KLLoss, KLSpec, estimators, kl_terms, registry
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAGNITUDES = [1e-6, 1e-3, 0.1, 1.0, 5.0, 9.0, 11.0, 12.0, 20.0, 88.0, 89.0, 104.0, 500.0, 1000.0]
-LOG_RATIOS = [sign * magnitude for magnitude in MAGNITUDES for sign in (1.0, -1.0)]
-
-
-def spec_of(name, **options):
-    return KLSpec.from_name(name, allow_biased=True, **options)
-
-
-def differentiate(spec, logp, ref_logp, **more):
-    logp = logp.clone().requires_grad_()
-    terms = kl_terms(spec, logp=logp, ref_logp=ref_logp, mask=torch.ones(logp.shape), **more)
-    return terms, torch.autograd.grad(terms.loss.sum(), logp)[0]
-
-
-def each_alone(dtype):
-    logp = torch.tensor(LOG_RATIOS)[:, None].to(dtype)
-    return logp, torch.zeros_like(logp)
-
-
-def largest(dtype):
-    return torch.finfo(dtype).max
+LOG_RATIOS = both_signs(MAGNITUDES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", list(registry.LOSSES))
 def test_outputs_are_finite(name, dtype):
-    logp, ref_logp = each_alone(dtype)
+    logp, ref_logp = one_column(LOG_RATIOS, dtype)
     terms, _ = differentiate(spec_of(name), logp, ref_logp)
     assert terms.score_coefficient.isfinite().all()
     assert terms.value.isfinite().all()
@@ -45,7 +26,7 @@ def test_outputs_are_finite(name, dtype):
 @pytest.mark.parametrize("name", ["k3_as_loss", "k3_in_reward"])
 def test_gradient_is_finite_where_k3_overflows(name, dtype):
     """With respect to `logp` itself, in its own dtype: what the model's backward pass receives."""
-    logp, ref_logp = each_alone(dtype)
+    logp, ref_logp = one_column(LOG_RATIOS, dtype)
     _, gradient = differentiate(spec_of(name), logp, ref_logp)
     assert gradient.isfinite().all()
 
@@ -63,7 +44,7 @@ def test_k3_is_bounded_with_the_right_sign_where_it_overflows(u):
 
 
 def test_coefficient_bound_leaves_smaller_coefficients_alone():
-    logp, ref_logp = each_alone(torch.float32)
+    logp, ref_logp = one_column(LOG_RATIOS, torch.float32)
     free, _ = differentiate(spec_of("k3_as_loss"), logp, ref_logp)
     bounded, _ = differentiate(spec_of("k3_as_loss", coefficient_bound=7.0), logp, ref_logp)
     inside = free.coefficient.abs() <= 7

@@ -44,6 +44,24 @@ def make_model(folder, *, seed: int, spread: float) -> str:
     return str(folder)
 
 
+# What every trainer of the tests is configured with, unless a test says otherwise.
+ARGUMENTS = {
+    "beta": 0.1,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16,
+    "num_generations": 4,
+    "max_completion_length": 8,
+    "max_steps": 2,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "seed": 0,
+    "model_init_kwargs": {"dtype": "float32"},
+}
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 

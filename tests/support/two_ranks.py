@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from tiny_trl import digit_share, loss_and_gradients, micro_batch, parameters
+from tiny_trl import ARGUMENTS, digit_share, loss_and_gradients, micro_batch, parameters
 
 from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -20,22 +20,8 @@ prompts = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in 
 
 def trainer_of(cls, config, **options):
     world = int(torch.distributed.get_world_size()) if dist.is_initialized() else 1
-    args = config(
-        output_dir=f"{out}.trainer",
-        beta=0.1,
-        per_device_train_batch_size=8 // world,
-        num_generations=4,
-        max_completion_length=8,
-        max_steps=2,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        model_init_kwargs={"dtype": "float32"},
-        **options,
-    )
+    sizes = {"output_dir": f"{out}.trainer", "per_device_train_batch_size": 8 // world}
+    args = config(**(ARGUMENTS | sizes | options))
     return cls(model=model, reward_funcs=digit_share, args=args, train_dataset=prompts)
 
 

@@ -7,35 +7,16 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from tiny_trl import digit_share
+from tiny_trl import ARGUMENTS, digit_share
 
 from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
 def main(case: str, model: str, out: str) -> None:
     cls, config = (RLOOTrainer, RLOOConfig) if case == "rloo" else (GRPOTrainer, GRPOConfig)
-    args = config(
-        output_dir=f"{out}.trainer",
-        kl="k2_as_loss",
-        beta=0.02,
-        learning_rate=2e-3,
-        per_device_train_batch_size=16,
-        num_generations=4,
-        max_completion_length=8,
-        max_steps=10,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        gradient_checkpointing=False,
-        seed=0,
-        model_init_kwargs={"dtype": "float32"},
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_max_model_length=32,
-    )
+    options = {"kl": "k2_as_loss", "beta": 0.02, "learning_rate": 2e-3, "max_steps": 10}
+    options |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 32}
+    args = config(**(ARGUMENTS | options | {"output_dir": f"{out}.trainer"}))
     prompts = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
     trainer = cls(model=model, reward_funcs=digit_share, args=args, train_dataset=prompts)
     if case == "no_sync":

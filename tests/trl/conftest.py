@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset
-from tiny_trl import digit_share, make_model
+from tiny_trl import ARGUMENTS, digit_share, make_model
 
 from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -27,24 +27,7 @@ def make_trainer(model, prompts, tmp_path):
     """`make_trainer(cls, **config)`: a trainer of that class on the tiny model, 4 prompts x 4 completions a batch."""
 
     def make(cls, *, config=None, policy=model, **options):
-        arguments = {
-            "output_dir": str(tmp_path),
-            "beta": 0.1,
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 16,
-            "num_generations": 4,
-            "max_completion_length": 8,
-            "max_steps": 2,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
-            "seed": 0,
-            "model_init_kwargs": {"dtype": "float32"},
-        }
+        arguments = ARGUMENTS | {"output_dir": str(tmp_path)}
         peft_config = options.pop("peft_config", None)
         extra = {name: options.pop(name) for name in ("eval_dataset", "callbacks", "rollout_func") if name in options}
         args = (config or CONFIGS[cls])(**(arguments | options))
