@@ -15,6 +15,8 @@ from kl_plugins.estimators import k1, k2, k3
 from kl_plugins.terms import KLTerms
 
 _SUMS = ("tokens", "k1", "k2", "k3", "value", "weight", "weight_squared", "cut", "unscored", "dropped")
+# Meaningless where the host's own ratio and clip weigh the coefficients (`clip="combined"`), and logs about them.
+OWN_WEIGHTS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscored")
 
 
 def kl_sums(terms: KLTerms) -> Tensor:

@@ -108,6 +108,15 @@ def kl_terms(
     )
 
 
+def require_policy_scores(spec: KLSpec, *, logp: Tensor, mask: Tensor, host: str) -> None:
+    """Raise `ValueError` if `nonfinite="drop"` would hide a NaN of the policy, which the host's own loss spreads."""
+    if spec.nonfinite == "drop" and (logp.isnan() & mask.bool()).any():
+        raise ValueError(
+            f"the policy's log-probs hold a NaN, which {host}'s own loss would spread to every parameter: "
+            "nonfinite='drop' can only leave out tokens that the reference or the engine could not score"
+        )
+
+
 def surrogate(*, logp: Tensor, value: Tensor, score_coefficient: Tensor) -> Tensor:
     """`detach(value) + detach(score_coefficient) * (logp - detach(logp))`, all (B, T).
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kl_plugins.errors import PatchError, refuse
-from kl_plugins.metrics import kl_metrics, kl_sums
-from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline
+from kl_plugins.metrics import OWN_WEIGHTS, kl_metrics, kl_sums
+from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.trl.sampling import model_generation_problems
 from kl_plugins.trl.seam import unclaimed_beta
 from kl_plugins.trl.vllm import follow_policy_on_cpu, require_processed_logprobs
@@ -91,11 +91,7 @@ class KLTrainer:
         if "ref_per_token_logps" not in inputs:
             raise ValueError("beta was 0 when these completions were generated, so the reference did not score them")
         mask = _mask(inputs)
-        if self.kl_spec.nonfinite == "drop" and (logp.isnan() & mask.bool()).any():
-            raise ValueError(
-                "the policy's log-probs hold a NaN, which TRL's own loss would spread to every parameter: "
-                "kl_nonfinite='drop' can only leave out tokens that the reference or the engine could not score"
-            )
+        require_policy_scores(self.kl_spec, logp=logp, mask=mask, host="TRL")
         return kl_terms(
             self.kl_spec,
             logp=logp,
@@ -140,7 +136,7 @@ class KLTrainer:
         weight_max = self.accelerator.gather(self._kl_weight_max.pop(mode)).max()
         metrics = kl_metrics(sums, weight_max=weight_max, beta=float(self.beta))
         if self.kl_spec.clip == "combined":  # TRL's own ratio and clip apply, and are logged by TRL
-            return {name: value for name, value in metrics.items() if name not in _OWN_WEIGHTS}
+            return {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -151,9 +147,6 @@ class KLTrainer:
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
-
-
-_OWN_WEIGHTS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscored")
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:

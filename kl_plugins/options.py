@@ -1,0 +1,66 @@
+"""The options of `KLSpec` as flat fields with a `kl_` in front, for every host's configuration and command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from kl_plugins.registry import get_loss
+from kl_plugins.spec import KLSpec
+
+# Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
+COEFFICIENT_BOUND = 1e6
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text, which command lines show."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class KLOptions:
+    """One flat field for each option of `kl_plugins.KLSpec`; `kl` is the name of the configuration."""
+
+    kl: str | None = option(None, "KL configuration, e.g. k2_as_loss; None leaves the host's own KL untouched.")
+    kl_credit: str | None = option(None, "token, to_go or sequence; None is the configuration's default.")
+    kl_gamma: float = option(1.0, "Discount per position of kl_credit=to_go, in [0, 1].")
+    kl_off_policy: str = option("token", "Importance weight of the KL: none, token, prefix or sequence.")
+    kl_weight_clip: list[float] = option([0.0, 10.0], "Bounds (low, high) of the importance weight.")
+    kl_weight_clip_mode: str = option("truncate", "Outside the bounds: truncate to them, or mask (weight 0).")
+    kl_baseline: str | None = option(None, "leave_one_out, or None.")
+    kl_clip: str | None = option(None, "PPO's clip on the KL: separate, combined (in the advantage), or None.")
+    kl_clip_epsilon: float = option(0.2, "Half width of the clip range of kl_clip=separate.")
+    kl_coefficient_bound: float | None = option(
+        None, "Largest |coefficient| of losses with an exponential; None is 1e6."
+    )
+    kl_nonfinite: str = option(
+        "error", "A NaN or inf log-prob of the reference: error, or drop (and count) the token."
+    )
+    kl_allow_biased: bool = option(False, "Let a configuration with a zero or biased gradient through.")
+
+    def kl_spec(self) -> KLSpec | None:
+        """The checked `KLSpec` of these fields, or None if `kl` is None. Raises what `KLSpec` raises."""
+        if self.kl is None:
+            return None
+        options = {name.removeprefix("kl_"): value for name, value in self.kl_options().items()}
+        if self.kl_coefficient_bound is None and get_loss(self.kl).may_overflow:
+            options["coefficient_bound"] = COEFFICIENT_BOUND
+        return KLSpec.from_name(self.kl, **options)
+
+    def kl_options(self) -> dict[str, Any]:
+        """What was chosen for each option of `KLSpec`, under the names of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(KLOptions) if f.name != "kl"}
+
+    def changed_kl_options(self) -> list[str]:
+        """The options that are not at their default."""
+        defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
+        return [name for name in self.kl_options() if getattr(self, name) != defaults[name]]
+
+    def _none_from_words(self) -> None:
+        """A command line has no other way to say None."""
+        for name in ("kl", "kl_credit", "kl_baseline", "kl_clip"):
+            if str(getattr(self, name)).lower() in ("none", "null"):
+                setattr(self, name, None)
+        self.kl_weight_clip = list(self.kl_weight_clip)
