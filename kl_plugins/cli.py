@@ -1,17 +1,20 @@
-"""`kl-plugins explain` and `kl-plugins doctor`. Neither loads torch or a host framework."""
+"""`kl-plugins explain`, `doctor`, `openrlhf` and `patches`. The first two load neither torch nor a host framework."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
-from typing import Annotated, Any
+from dataclasses import fields
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from kl_plugins.errors import ConfigError, UnknownLossError
+from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
 from kl_plugins.hosts import TESTED, installed_version
+from kl_plugins.openrlhf.plan import OpenRLHFOptions
 from kl_plugins.registry import LOSSES, KLLoss, all_losses, get_loss, third_party_names
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -59,6 +62,53 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="The same for ma
         _show_diagnosis(Console(), found)
     if any(loss["error"] for loss in found["losses"].values()):
         raise typer.Exit(1)
+
+
+def openrlhf(context: typer.Context, dry_run: bool, **options: Any) -> None:
+    """Run OpenRLHF with the KL of your choice in every process: kl-plugins openrlhf --kl NAME -- FLAGS.
+
+    FLAGS are those of openrlhf.cli.train_ppo_ray; --algo.kl.init_coef is the coefficient (beta).
+    """
+    from kl_plugins.openrlhf.driver import launch
+
+    try:
+        launch(OpenRLHFOptions(**options), context.args, dry_run=dry_run)
+    except (UnknownLossError, ConfigError, PatchError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _as_parameters(function: Any, options: type) -> Any:
+    """Give `function` one command-line option for each field of the dataclass `options`."""
+    hints = get_type_hints(options) | {"kl_weight_clip": tuple[float, float]}
+    declared = {}
+    for f in fields(options):
+        default = tuple(f.default_factory()) if callable(f.default_factory) else f.default
+        flag = f"--{f.name.replace('_', '-')}"
+        declared[f.name] = (Annotated[hints[f.name], typer.Option(flag, help=f.metadata["help"])], default)
+    dry_run = typer.Option("--dry-run", help="Check everything, say what would be done, and stop before Ray starts.")
+    declared["dry_run"] = (Annotated[bool, dry_run], False)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    function.__signature__ = inspect.Signature(
+        [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+        + [inspect.Parameter(name, keyword, default=d, annotation=a) for name, (a, d) in declared.items()]
+    )
+    function.__annotations__ = {"context": typer.Context} | {name: a for name, (a, _) in declared.items()}
+    return function
+
+
+app.command(context_settings={"ignore_unknown_options": False, "allow_extra_args": True})(
+    _as_parameters(openrlhf, OpenRLHFOptions)
+)
+
+
+# What a wrong word raises: of click, or of the copy of it that newer versions of typer bring.
+UsageError: Any = typer.BadParameter.__base__
+
+
+def openrlhf_command() -> Any:
+    """The parser of `kl-plugins openrlhf`."""
+    return typer.main.get_command(app).commands["openrlhf"]  # type: ignore[attr-defined]
 
 
 def diagnosis() -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""In the policy's processes (`PolicyModelActor`): the KL in the loss, and what the logs say about any KL.
+
+Each function here takes one of OpenRLHF's and returns what takes its place; `patches/openrlhf.toml` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_plugins.errors import PatchError
+from kl_plugins.metrics import OWN_WEIGHTS, kl_metrics, kl_sums
+from kl_plugins.openrlhf import worker
+from kl_plugins.openrlhf.plan import Plan, plan_of
+from kl_plugins.terms import KLTerms, assign_credit, kl_terms, require_policy_scores
+
+Host = Callable[..., Any]
+
+# What `compute_approx_kl` answers while a training step asks for the KL of its micro-batch.
+_answer: ContextVar[Callable[[Tensor, Tensor], Tensor] | None] = ContextVar("kl_plugins_answer", default=None)
+
+
+def compute_approx_kl(host: Host) -> Host:
+    """OpenRLHF's estimator; within a hooked step, the (B, T) `loss` of `kl_terms`, which OpenRLHF then reduces."""
+
+    def answered(log_probs: Tensor, log_probs_base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        answer = _answer.get()
+        if answer is None:
+            return host(log_probs, log_probs_base, *args, **kwargs)  # type: ignore[no-any-return]
+        return answer(log_probs, log_probs_base)
+
+    return answered
+
+
+@contextmanager
+def answering(answer: Callable[[Tensor, Tensor], Tensor], expected: int) -> Iterator[None]:
+    """While active, OpenRLHF's estimator returns `answer(log_probs, log_probs_base)`.
+
+    Raises `PatchError` unless it was asked `expected` times.
+    """
+    asked = 0
+
+    def counted(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
+        nonlocal asked
+        asked += 1
+        return answer(log_probs, log_probs_base)
+
+    token = _answer.set(counted)
+    try:
+        yield
+    finally:
+        _answer.reset(token)
+    if asked != expected:
+        raise PatchError(
+            f"OpenRLHF was expected to compute its KL {expected} times here, found {asked}: this version computes it "
+            "elsewhere; install a tested version (see `kl-plugins doctor`) or start it without kl_plugins"
+        )
+
+
+def training_step(host: Host) -> Host:
+    """`ActorPPOTrainer.training_step`, with the KL of the plan in its loss, or (in the reward) in its advantages."""
+
+    def step(trainer: Any, experience: Any, kl_ctl: float, *args: Any, **kwargs: Any) -> Any:
+        plan = plan_of(trainer.args)
+        beta = float(kl_ctl)
+        if plan.in_reward:
+            with _advantages_of_now(trainer, plan, experience, beta), answering(_unexpected, expected=0):
+                return host(trainer, experience, kl_ctl, *args, **kwargs)
+
+        def term(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
+            terms = terms_of(plan, experience, log_probs, log_probs_base)
+            _count(trainer, terms)
+            return terms.loss
+
+        with answering(term, expected=1):
+            return host(trainer, experience, kl_ctl, *args, **kwargs)
+
+    return step
+
+
+def ppo_train(host: Host) -> Host:
+    """`ActorPPOTrainer.ppo_train`, whose result, which OpenRLHF logs, gets the `kl/*` numbers of all its steps."""
+
+    def train(trainer: Any, kl_ctl: float) -> dict[str, Any]:
+        trainer.kl_plugins_sums = None
+        status: dict[str, Any] = host(trainer, kl_ctl)
+        status.update(_metrics(trainer, float(kl_ctl)))
+        worker.report()
+        return status
+
+    return train
+
+
+def terms_of(plan: Plan, experience: Any, log_probs: Tensor, log_probs_base: Tensor) -> KLTerms:
+    """`kl_terms` of a micro-batch. The behavior policy is vLLM where it reported log-probs, else the old policy.
+
+    `experience.kl` holds what `experience.compute_advantages_and_returns` put there: the leave-one-out baseline.
+    """
+    behavior = experience.rollout_log_probs
+    require_policy_scores(plan.spec, logp=log_probs, mask=experience.action_mask, host="OpenRLHF")
+    return kl_terms(
+        plan.spec,
+        logp=log_probs,
+        ref_logp=log_probs_base,
+        mask=experience.action_mask,
+        behavior_logp=experience.action_log_probs if behavior is None else behavior,
+        baseline=None if plan.spec.baseline is None else experience.kl,
+    )
+
+
+@contextmanager
+def _advantages_of_now(trainer: Any, plan: Plan, experience: Any, beta: float) -> Iterator[None]:
+    """Bring the KL in the advantages up to date with the policy that is being updated.
+
+    OpenRLHF's advantages hold the coefficients of the policy at rollout. Reused for a later update they would give
+    grad KL(policy || reference) - grad KL(policy || policy at rollout); the advantages are linear in the rewards, so
+    what has changed since is subtracted.
+    """
+    loss_fn = trainer.actor_loss_fn
+    scale = _advantage_scale(experience)
+    plan = without_baseline(plan)  # which is in the advantages already
+
+    def up_to_date(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *args: Any, **kwargs: Any) -> Any:
+        base = experience.base_action_log_probs
+        now = terms_of(plan, experience, log_probs, base)
+        then = terms_of(plan, experience, old_log_probs, base)
+        _count(trainer, now)
+        changed = assign_credit(pointwise(plan, now) - pointwise(plan, then), "to_go", plan.discount)
+        return loss_fn(log_probs, old_log_probs, advantages - beta * scale * changed, *args, **kwargs)
+
+    trainer.actor_loss_fn = up_to_date
+    try:
+        yield
+    finally:
+        trainer.actor_loss_fn = loss_fn
+
+
+def without_baseline(plan: Plan) -> Plan:
+    """The plan of what a baseline is subtracted from elsewhere."""
+    return replace(plan, spec=replace(plan.spec, baseline=None))
+
+
+def pointwise(plan: Plan, terms: KLTerms) -> Tensor:
+    """(B, T) coefficients before credit is assigned: what each token costs as a reward. 0 where masked."""
+    bound = plan.spec.coefficient_bound or torch.finfo(terms.log_ratio.dtype).max
+    return torch.where(terms.mask, plan.spec.loss.coefficient(terms.log_ratio).clamp(-bound, bound), 0.0)
+
+
+SCALE = "kl/advantage_scale"
+
+
+def _advantage_scale(experience: Any) -> Tensor:
+    """(B, 1). What OpenRLHF's normalization of the advantages has multiplied a nat with; see `experience`."""
+    scale = experience.info.get(SCALE)
+    if scale is None:
+        raise PatchError("an experience came without its advantage scale: it was made in a process without kl_plugins")
+    return torch.stack(list(scale)).unsqueeze(1)
+
+
+def _unexpected(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
+    raise PatchError("OpenRLHF asked for a KL in the loss, but the configuration has it in the reward")
+
+
+def _count(trainer: Any, terms: KLTerms) -> None:
+    """Add a micro-batch to what `ppo_train` logs."""
+    sums, largest = kl_sums(terms), terms.weight.max()
+    if trainer.kl_plugins_sums is not None:
+        sums, largest = sums + trainer.kl_plugins_sums[0], torch.maximum(largest, trainer.kl_plugins_sums[1])
+    trainer.kl_plugins_sums = sums, largest
+
+
+def _metrics(trainer: Any, beta: float) -> dict[str, float]:
+    """The `kl/*` numbers over all steps of a `ppo_train` and all ranks; none if there was no step."""
+    if trainer.kl_plugins_sums is None:
+        return {}
+    sums, largest = trainer.kl_plugins_sums
+    copies = trainer.args.ds.ring_attn_size * trainer.args.ds.tensor_parallel_size  # ranks that hold the same rows
+    sums = trainer.strategy.all_reduce(sums.clone(), op="sum") / copies
+    largest = trainer.strategy.all_reduce(largest.clone(), op="max")
+    metrics = kl_metrics(sums, weight_max=largest, beta=beta)
+    if plan_of(trainer.args).in_reward:  # OpenRLHF's own ratio and clip apply, and are logged by it
+        return {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
+    return metrics

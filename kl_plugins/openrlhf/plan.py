@@ -1,0 +1,210 @@
+"""What a run of OpenRLHF is to do about its KL: the options, checked against the host's own flags."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import kl_plugins
+from kl_plugins.errors import ConfigError, PatchError, refuse
+from kl_plugins.options import KLOptions, option
+from kl_plugins.registry import get_loss
+from kl_plugins.spec import KLSpec
+
+PLACEMENTS = ("auto", "loss", "reward")
+# Those that give each prompt a group of completions, whose other members can be a baseline.
+GROUP_ESTIMATORS = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
+# Those that let the host discount: the others set gamma to 1 themselves.
+_DISCOUNTING = ("gae", "reinforce")
+
+
+@dataclass
+class OpenRLHFOptions(KLOptions):
+    """The options of `KLSpec`, and where the term goes. `--algo.kl.init_coef` stays the coefficient (beta)."""
+
+    kl_placement: str = option(
+        "auto",
+        "loss, reward (through OpenRLHF's returns and critic), or auto: reward for in-reward configurations.",
+    )
+    kl_baseline: str | None = option(
+        "auto", "leave_one_out, none, or auto: leave_one_out for the in-reward configurations of group estimators."
+    )
+
+    def __post_init__(self) -> None:
+        self._none_from_words()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked configuration of a run. It travels to every process as `args.kl_plugins`."""
+
+    spec: KLSpec
+    in_reward: bool
+    """Whether the term is a per-token reward (`k1_in_reward` by default) instead of a term of the loss."""
+    discount: float
+    """What one position is discounted with between a reward and the advantage that it reaches (gamma, for GAE gamma *
+    lambda)."""
+    group_size: int
+    """Completions per prompt."""
+    version: str
+    """The version of kl_plugins that made it."""
+
+
+def plan_run(options: OpenRLHFOptions, args: Any) -> Plan:
+    """Check `options` against OpenRLHF's parsed (hierarchical) `args`, set its KL flags, and put the plan into them.
+
+    Sets `algo.kl.use_loss`, and `algo.kl.estimator` to a name that OpenRLHF's own estimator refuses, so that a process
+    that isn't hooked stops the run instead of training with another KL.
+
+    Raises:
+        `ConfigError`: an option or a flag that can't be what was meant, all of them at once.
+        `UnknownLossError`: nobody registered `options.kl`.
+    """
+    if options.kl is None:
+        raise ConfigError("no KL was named: give one, e.g. --kl k2_as_loss, or start OpenRLHF itself")
+    loss = get_loss(options.kl)
+    in_reward = options.kl_placement == "reward" or (options.kl_placement == "auto" and loss.in_reward)
+    problems = _placement_problems(options, loss.in_reward, in_reward)
+    spec = None
+    try:
+        spec = _spec(options, args, in_reward)
+    except ConfigError as error:
+        problems += error.args
+    refuse([*problems, *_flag_problems(options, args, in_reward)])
+    assert spec is not None
+    _warn(args, in_reward)
+    advantage = args.algo.advantage
+    lambd = advantage.lambd if advantage.estimator == "gae" else 1.0
+    plan = Plan(
+        spec=spec,
+        in_reward=in_reward,
+        discount=_gamma(args) * lambd,
+        group_size=args.rollout.n_samples_per_prompt,
+        version=kl_plugins.__version__,
+    )
+    args.algo.kl.use_loss = not in_reward
+    args.algo.kl.unbiased_gradient = False
+    args.algo.kl.estimator = f"kl_plugins:{options.kl}"
+    args.kl_plugins = plan
+    return plan
+
+
+def plan_of(args: Any) -> Plan:
+    """The plan that came with a run's arguments. `PatchError` if none did: then the driver was never told."""
+    plan = getattr(args, "kl_plugins", None)
+    if plan is None:
+        raise PatchError(
+            "this process was hooked by kl_plugins, but the run's arguments hold no KL configuration: start OpenRLHF "
+            "with `kl-plugins openrlhf`, or set RAY_RUNTIME_ENV_HOOK in the driver's environment as the README shows"
+        )
+    if plan.version != kl_plugins.__version__:
+        raise PatchError(
+            f"the driver runs kl_plugins {plan.version}, this process {kl_plugins.__version__}: install the same "
+            "version on every node"
+        )
+    return plan  # type: ignore[no-any-return]
+
+
+def _gamma(args: Any) -> float:
+    advantage = args.algo.advantage
+    return float(advantage.gamma) if advantage.estimator in _DISCOUNTING else 1.0
+
+
+def _spec(options: OpenRLHFOptions, args: Any, in_reward: bool) -> KLSpec:
+    chosen = OpenRLHFOptions(**vars(options))
+    if chosen.kl_baseline == "auto":
+        groups = args.algo.advantage.estimator in GROUP_ESTIMATORS and args.rollout.n_samples_per_prompt > 1
+        chosen.kl_baseline = "leave_one_out" if groups and get_loss(str(chosen.kl)).in_reward else None
+    if in_reward:
+        chosen.kl_clip = "combined"
+        if chosen.kl_credit in (None, "to_go"):
+            chosen.kl_gamma = _gamma(args)
+    spec = chosen.kl_spec()
+    assert spec is not None
+    return spec
+
+
+def _placement_problems(options: OpenRLHFOptions, loss_in_reward: bool, in_reward: bool) -> list[str]:
+    if options.kl_placement not in PLACEMENTS:
+        return [f"kl_placement={options.kl_placement!r}: choose from {', '.join(PLACEMENTS)}"]
+    if not in_reward:
+        if options.kl_clip == "combined":
+            return ["kl_clip='combined' puts the KL into the advantage: use kl_placement='reward' instead"]
+        return []
+    problems = []
+    if not loss_in_reward:
+        problems.append(f"{options.kl} is a term of the loss: leave kl_placement out, or use kl='k1_in_reward'")
+    if options.kl_credit not in (None, "to_go"):
+        problems.append(
+            f"kl_credit={options.kl_credit!r}: OpenRLHF sums rewards from a token on, which is credit 'to_go'; use "
+            "kl_placement='loss' for others"
+        )
+    unused = {"kl_gamma", "kl_off_policy", "kl_weight_clip", "kl_weight_clip_mode", "kl_clip", "kl_clip_epsilon"}
+    problems += [
+        f"{name}={getattr(options, name)!r} is not used in the reward, where OpenRLHF's own discount, ratio, clip and "
+        "is_correction apply to the KL: leave it out, or use kl_placement='loss'"
+        for name in options.changed_kl_options()
+        if name in unused
+    ]
+    return problems
+
+
+def _flag_problems(options: OpenRLHFOptions, args: Any, in_reward: bool) -> list[str]:
+    kl, advantage, problems = args.algo.kl, args.algo.advantage, []
+    if not 0 < kl.init_coef < math.inf:
+        problems.append(f"--algo.kl.init_coef {kl.init_coef}: it is beta; with kl={options.kl} it must be positive")
+    if kl.unbiased_gradient:
+        problems.append("--algo.kl.unbiased_gradient is about OpenRLHF's own KL, which kl replaces: leave it out")
+    if kl.estimator != "k1":
+        problems.append(f"--algo.kl.estimator {kl.estimator} names OpenRLHF's own KL, which kl replaces: leave it out")
+    if kl.use_loss and in_reward:
+        problems.append(f"--algo.kl.use_loss with {options.kl}, which goes into the reward: leave it out")
+    if kl.target is not None and not in_reward:
+        problems.append(
+            "--algo.kl.target adapts beta to the KL that OpenRLHF logs, which is wrong for a KL in the loss (it is "
+            "weighted by tokens twice): leave it out"
+        )
+    if options.kl_baseline == "leave_one_out" and args.rollout.n_samples_per_prompt < 2:
+        problems.append("kl_baseline='leave_one_out' needs --rollout.n_samples_per_prompt of 2 or more")
+    if options.kl_baseline == "leave_one_out" and advantage.estimator == "gae" and in_reward:
+        problems.append("kl_baseline='leave_one_out' with gae, whose critic is the baseline already: leave it out")
+    if in_reward and args.actor.policy_loss_type == "gspo":
+        problems.append(
+            "--actor.policy_loss_type gspo gives every token the mean advantage of its sequence, and with it the mean "
+            "of the KL coefficients: use kl_placement='loss'"
+        )
+    if not options.kl_allow_biased:
+        problems += _sampling_problems(args)
+    return problems
+
+
+def _sampling_problems(args: Any) -> list[str]:
+    problems = []
+    if args.rollout.top_p != 1:
+        problems.append(
+            f"--rollout.top_p {args.rollout.top_p} samples from another distribution than the one whose log-probs are "
+            "taken, which biases every sampled KL: use 1.0, or kl_allow_biased"
+        )
+    if args.train.async_enable and args.algo.advantage.is_correction_level == "off":
+        problems.append(
+            "--train.async_enable trains on stale samples, but without vLLM's own log-probs nobody knows how stale: "
+            "add --algo.advantage.is_correction_level token, or kl_allow_biased"
+        )
+    return problems
+
+
+def _warn(args: Any, in_reward: bool) -> None:
+    if in_reward and args.actor.loss_agg_mode != "token-mean":
+        warnings.warn(
+            f"--actor.loss_agg_mode {args.actor.loss_agg_mode} divides each sequence's KL in the reward by its "
+            "length, which biases its gradient: use token-mean, or kl_placement='loss'",
+            stacklevel=2,
+        )
+    if args.algo.dynamic_filtering_enable:
+        warnings.warn(
+            "--algo.dynamic_filtering_enable drops prompts by their rewards: the KL is that of the prompts that "
+            "remain",
+            stacklevel=2,
+        )

@@ -1,0 +1,135 @@
+"""In every Ray worker process: the host's functions are replaced as they are imported, and the process reports on it.
+
+Reports go to Ray's own key-value store, where the controller finds those of all nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib import import_module
+from io import StringIO
+from typing import Any
+
+from kl_plugins.errors import PatchError
+from kl_plugins.openrlhf.plan import Plan
+from kl_plugins.patching import Patching, load_patches
+
+SETUP_HOOK = "kl_plugins.openrlhf.worker.setup"
+# Set for workers (and what they start): a hook of the user that is run after ours, and the sign that this is a worker.
+CHAINED_SETUP_HOOK = "KL_PLUGINS_CHAINED_SETUP_HOOK"
+ALLOW_UNTESTED = "KL_PLUGINS_ALLOW_UNTESTED"
+IN_WORKER = "KL_PLUGINS_IN_WORKER"
+
+_ACTOR = "openrlhf.trainer.ray.ppo_actor"
+_EXPERIENCE = "openrlhf.trainer.ppo_utils.experience_maker"
+_SAMPLES = "openrlhf.trainer.ppo_utils.samples_generator"
+_NAMESPACE = b"kl_plugins"
+
+_patching: Patching | None = None
+
+
+def patching() -> Patching:
+    """The patches of this process, made on first use."""
+    global _patching
+    if _patching is None:
+        _patching = Patching(load_patches("openrlhf"), allow_untested=allow_untested())
+    return _patching
+
+
+def allow_untested() -> bool:
+    """Whether the user lets versions through that weren't tested, if every hooked function is unchanged."""
+    return os.environ.get(ALLOW_UNTESTED, "") not in ("", "0")
+
+
+def setup() -> None:
+    """Ray's `worker_process_setup_hook`: runs before a worker imports anything of OpenRLHF."""
+    patching().apply_on_import()
+    chained = os.environ.get(CHAINED_SETUP_HOOK)
+    if chained:
+        resolve(chained)()
+
+
+def resolve(path: str) -> Any:
+    """The object that `module.name` names, as Ray spells its hooks."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def report() -> None:
+    """Publish what is bound in this process and how often it was called."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    if _patching is None or not ray.is_initialized():
+        return
+    context = ray.get_runtime_context()
+    process = {
+        "process": (context.get_task_name() or "").partition(".")[0],  # the actor's class
+        "node": ray.util.get_node_ip_address(),
+        "pid": os.getpid(),
+        "bindings": [asdict(binding) for binding in _patching.bindings()],
+    }
+    key = f"{context.get_job_id()}/{process['node']}/{process['pid']}"
+    _internal_kv_put(key, json.dumps(process), overwrite=True, namespace=_NAMESPACE)
+
+
+def reports() -> list[dict[str, Any]]:
+    """What the processes of this job have published."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
+
+    keys = _internal_kv_list(f"{ray.get_runtime_context().get_job_id()}/", namespace=_NAMESPACE)
+    return [json.loads(_internal_kv_get(key, namespace=_NAMESPACE)) for key in sorted(keys)]
+
+
+def require_proof(plan: Plan, *, actors: int) -> None:
+    """Print who computed a KL. `PatchError` if one that should have never called ours."""
+    found = reports()
+    table = proof_table(found)
+    problems = missing_proof(found, plan, actors=actors)
+    if problems:
+        raise PatchError("\n".join([*problems, table]))
+    print(table, flush=True)
+
+
+def missing_proof(found: Iterable[dict[str, Any]], plan: Plan, *, actors: int) -> list[str]:
+    """What should have been called in some process, and wasn't."""
+    needed = {
+        f"{_ACTOR}:ActorPPOTrainer.training_step": actors,
+        f"{_ACTOR}:compute_approx_kl": 0 if plan.in_reward else actors,
+        f"{_EXPERIENCE}:compute_approx_kl": 1 if plan.in_reward else 0,
+        f"{_SAMPLES}:SamplesGenerator._dispatch_prompts_to_vllm": 1,
+    }
+    bindings = [binding for process in found for binding in process["bindings"]]
+    problems = []
+    for target, processes in needed.items():
+        called = sum(b["target"] == target and b["bound"] and b["calls"] > 0 for b in bindings)
+        if called < processes:
+            problems.append(
+                f"after the first step, {target} of kl_plugins should have been called in {processes} "
+                f"process{'es' * (processes > 1)}, found {called}: part of the run trains without the KL that was "
+                "asked for; is the same kl_plugins installed on every node?"
+            )
+    return problems
+
+
+def proof_table(found: Iterable[dict[str, Any]]) -> str:
+    """The reports as text: one line for each hooked function of each process that called one."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="kl_plugins: the KL of this run, by process", box=box.ASCII2, title_justify="left")
+    for column in ("process", "node", "pid", "role", "target", "host", "digest", "calls"):
+        table.add_column(column, no_wrap=True, justify="right" if column in ("pid", "calls") else "left")
+    for process in found:
+        for b in process["bindings"]:
+            if b["bound"] and b["calls"]:
+                cells = (process["process"], process["node"], process["pid"], b["role"], b["target"].split(":")[1])
+                table.add_row(*map(str, cells), f"{b['host']} {b['version']}", b["digest"][:8], str(b["calls"]))
+    console = Console(file=StringIO(), width=200)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]

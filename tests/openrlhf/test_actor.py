@@ -1,0 +1,189 @@
+"""The KL in the loss of OpenRLHF's real `ActorPPOTrainer`: its gradient, weights, reduction, log and dead zone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_openrlhf import FLAGS, experience, gradients, parse, step
+
+from kl_plugins import KLSpec, PatchError, kl_terms
+from kl_plugins.patching import Patching, load_patches
+
+ROWS, PROMPT, LENGTH = 8, 4, 6
+
+
+def made_up(args, trainer, *, seed=0, **fields):
+    """A ragged off-policy micro-batch, scored by the trainer's own actor plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(scale):
+        return scale * torch.randn(ROWS, PROMPT + LENGTH - 1, generator=generator)
+
+    sequences = torch.randint(2, 12, (ROWS, PROMPT + LENGTH), generator=generator)
+    lengths = torch.randint(1, LENGTH + 1, (ROWS, 1), generator=generator)
+    mask = (torch.arange(1 - PROMPT, LENGTH) < lengths) & (torch.arange(1 - PROMPT, LENGTH) >= 0)
+    with torch.no_grad():
+        logp = trainer.actor(sequences, mask, attention_mask=torch.ones_like(sequences))
+    scored = {
+        "action_log_probs": (logp + noise(0.3)) * mask,
+        "base_action_log_probs": (logp + noise(0.5)) * mask,
+        "advantages": noise(1.0) * mask,
+    }
+    return experience(args, sequences, mask.long(), **(scored | fields)), logp
+
+
+def expected_kl_gradient(trainer, batch, spec, beta=0.1):
+    """beta times the token mean of `kl_terms`, differentiated without OpenRLHF's step."""
+    trainer.actor.zero_grad()
+    logp = trainer.actor(batch.sequences, batch.action_mask, attention_mask=batch.attention_mask)
+    behavior = batch.action_log_probs if batch.rollout_log_probs is None else batch.rollout_log_probs
+    terms = kl_terms(
+        spec,
+        logp=logp,
+        ref_logp=batch.base_action_log_probs,
+        mask=batch.action_mask,
+        behavior_logp=behavior,
+        baseline=batch.kl if spec.baseline else None,
+    )
+    (beta * terms.loss.sum() / batch.action_mask.sum()).backward()
+    return gradients(trainer)
+
+
+IN_LOSS = [
+    {"kl": "k2_as_loss"},
+    {"kl": "k2_as_loss", "kl_credit": "sequence", "kl_off_policy": "sequence"},
+    {"kl": "k2_as_loss", "kl_clip": "separate", "kl_clip_epsilon": 0.1},
+    {"kl": "k2_as_loss", "kl_weight_clip": [0.9, 1.1], "kl_weight_clip_mode": "mask"},
+    {"kl": "k3_as_loss", "kl_coefficient_bound": 0.5},
+    {"kl": "k1_in_reward", "kl_placement": "loss", "kl_off_policy": "prefix", "kl_baseline": None},
+    {"kl": "k1_as_loss", "kl_allow_biased": True},
+]
+
+
+@pytest.mark.parametrize("engine", [False, True], ids=["old_policy", "vllm"])
+@pytest.mark.parametrize("options", IN_LOSS, ids=lambda o: "-".join(map(str, o.values())))
+def test_the_step_adds_the_term_under_openrlhfs_own_reduction(make_actor, planned, hooked, options, engine):
+    args = planned("--algo.kl.init_coef", "0.1", **options)
+    trainer = make_actor(args)
+    batch, logp = made_up(args, trainer)
+    if engine:
+        batch.rollout_log_probs = logp + 0.4 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(9))
+    without = step(trainer, batch, beta=0.0)[1]
+    found = step(trainer, batch)[1] - without
+    wanted = expected_kl_gradient(trainer, batch, args.kl_plugins.spec)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_twin_a_term_without_the_mask_or_with_the_wrong_behavior_policy_is_seen(make_actor, planned, hooked):
+    args = planned(kl="k2_as_loss")
+    trainer = make_actor(args)
+    batch, _ = made_up(args, trainer)
+    found = step(trainer, batch)[1] - step(trainer, batch, beta=0.0)[1]
+    spec = KLSpec.from_name("k2_as_loss", off_policy="none")
+    assert (found - expected_kl_gradient(trainer, batch, spec)).norm() > 0.05 * found.norm()
+
+
+def test_identity_with_openrlhfs_own_unbiased_k2(make_actor, planned):
+    """Where its weight is below its bound of 10, and no log-ratio is in its dead zone."""
+    theirs = parse(*FLAGS, "--algo.kl.use_loss", "--algo.kl.estimator", "k2", "--algo.kl.unbiased_gradient")
+    trainer = make_actor(theirs)
+    batch, _ = made_up(theirs, trainer)
+    stock = step(trainer, batch)
+    ours = planned(kl="k2_as_loss")
+    trainer.args = ours
+    with Patching(load_patches("openrlhf")):
+        found = step(trainer, batch)
+    torch.testing.assert_close(found[1], stock[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found[0]["metrics"]["kl"], stock[0]["metrics"]["kl"])
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_dead_zone_the_hooked_gradient_is_right_where_the_hosts_is_zero(make_actor, planned, estimator):
+    host = parse(*FLAGS, "--algo.kl.use_loss", "--algo.kl.estimator", estimator)
+    trainer = make_actor(host)
+    batch, logp = made_up(host, trainer)
+    batch.action_log_probs = logp.clone()
+    batch.advantages = torch.zeros_like(logp)
+    dead = torch.linspace(-20, -5, int(batch.action_mask.sum()))
+    if estimator == "k2":
+        dead = torch.cat([dead[::2], -dead[1::2]])
+    log_ratio = torch.zeros_like(logp)
+    log_ratio[batch.action_mask.bool()] = dead
+    batch.base_action_log_probs = logp - log_ratio
+    assert step(trainer, batch)[1].abs().max() == 0
+    trainer.args = planned(kl="k2_as_loss")
+    with Patching(load_patches("openrlhf")):
+        found = step(trainer, batch)[1]
+    trainer.actor.zero_grad()
+    live = trainer.actor(batch.sequences, batch.action_mask, attention_mask=batch.attention_mask)
+    (0.1 * (log_ratio * live).sum() / batch.action_mask.sum()).backward()  # u times the score, at every u
+    wanted = gradients(trainer)
+    assert wanted.norm() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_each_rank_logs_means_over_tokens_whatever_the_batches(make_actor, planned, hooked):
+    """A constant KL of 7 is logged as 7, with lengths from 1 to 6, micro-batches of 4 and one of dynamic size."""
+    for flags in ((), ("--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "40")):
+        args = planned("--train.batch_size", str(ROWS), *flags, kl="k2_as_loss", kl_off_policy="none")
+        trainer = make_actor(args)
+        batch, logp = made_up(args, trainer)
+        mask = batch.action_mask
+        batch.base_action_log_probs = (logp - 7.0) * mask
+        batch.total_length = batch.attention_mask.sum(-1)
+        args.rollout.batch_size = ROWS // 4
+        trainer.replay_buffer.packing_samples = False
+        trainer.replay_buffer.append(batch)
+        status = trainer.ppo_train(0.1)
+        assert status["kl/k1"] == pytest.approx(7, rel=1e-5)
+        assert status["kl/k2"] == pytest.approx(24.5, rel=1e-5)
+        assert status["kl/loss"] == pytest.approx(2.45, rel=1e-5)
+        assert status["kl/beta"] == pytest.approx(0.1)
+        assert status["kl/ess"] == pytest.approx(1)
+        assert {"kl/weight_max", "kl/clipped", "kl/k3", "kl/unscored", "kl/dropped"} <= status.keys()
+
+
+def test_an_unplanned_step_or_one_that_never_asks_for_a_kl_is_refused(make_actor, planned, hooked):
+    args = planned(kl="k2_as_loss")
+    trainer = make_actor(args)
+    batch, _ = made_up(args, trainer)
+    args.algo.kl.use_loss = False  # as a version would look that computes it elsewhere
+    with pytest.raises(PatchError, match="1 times here, found 0"):
+        step(trainer, batch)
+    del args.kl_plugins
+    with pytest.raises(PatchError, match="no KL configuration"):
+        step(trainer, batch)
+
+
+def test_an_unhooked_process_refuses_to_train(make_actor, planned):
+    args = planned(kl="k2_as_loss")
+    trainer = make_actor(args)
+    batch, _ = made_up(args, trainer)
+    with pytest.raises(ValueError, match="Unknown kl_estimator: kl_plugins:k2_as_loss"):
+        step(trainer, batch)
+
+
+def test_nonfinite_scores_stop_or_are_dropped(make_actor, planned, hooked):
+    args = planned(kl="k2_as_loss")
+    trainer = make_actor(args)
+    batch, _ = made_up(args, trainer)
+    where = batch.action_mask.nonzero()[0].tolist()
+    batch.base_action_log_probs[tuple(where)] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        step(trainer, batch)
+    args = planned(kl="k2_as_loss", kl_nonfinite="drop")
+    trainer.args = args
+    assert step(trainer, batch)[1].isfinite().all()
+    assert trainer.kl_plugins_sums[0][-1] == 1
+
+
+def test_undo_leaves_the_hosts_own_functions(hooked):
+    import openrlhf.models.utils as utils
+    import openrlhf.trainer.ppo_utils.experience_maker as maker
+    import openrlhf.trainer.ray.ppo_actor as actor
+
+    during = actor.compute_approx_kl
+    assert during is not utils.compute_approx_kl
+    hooked.undo()
+    assert actor.compute_approx_kl is maker.compute_approx_kl is utils.compute_approx_kl
+    hooked.apply()  # for the fixture to undo

@@ -1,0 +1,348 @@
+"""Which options and OpenRLHF flags go together, on arguments from OpenRLHF's own parser; how the hook is reached."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+from tiny_openrlhf import FLAGS, import_openrlhf, parse
+from typer.testing import CliRunner
+
+import kl_plugins
+from kl_plugins import ConfigError, PatchError, UnknownLossError, cli
+from kl_plugins.openrlhf import driver, worker
+from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_of, plan_run
+
+GRPO = ("--algo.advantage.estimator", "group_norm")
+REINFORCE = ("--algo.advantage.estimator", "reinforce")
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "in_loss", "spec"),
+    [
+        (GRPO, {"kl": "k2_as_loss"}, True, {"credit": "token", "baseline": None, "gradient_of": "local_reverse_kl"}),
+        (GRPO, {"kl": "k1_in_reward"}, False, {"credit": "to_go", "baseline": "leave_one_out", "clip": "combined"}),
+        (GRPO, {"kl": "k1_in_reward", "kl_placement": "loss"}, True, {"baseline": "leave_one_out", "clip": None}),
+        (GRPO, {"kl": "k1_in_reward", "kl_baseline": "none"}, False, {"baseline": None}),
+        (REINFORCE, {"kl": "k1_in_reward"}, False, {"baseline": None, "gradient_of": "reverse_kl"}),
+        ((), {"kl": "k1_in_reward"}, False, {"baseline": None, "gamma": 1.0}),  # gae
+        (GRPO, {"kl": "k3_as_loss"}, True, {"coefficient_bound": 1e6}),
+        (REINFORCE, {"kl": "k2_in_reward", "kl_allow_biased": True}, False, {"gradient_of": "biased"}),
+        (
+            (*GRPO, "--algo.advantage.gamma", "0.9"),  # which OpenRLHF itself sets to 1 for this estimator
+            {"kl": "k1_in_reward"},
+            False,
+            {"gamma": 1.0},
+        ),
+    ],
+)
+def test_what_a_plan_sets(planned, flags, options, in_loss, spec):
+    args = planned(*flags, **options)
+    assert args.algo.kl.use_loss is in_loss
+    assert args.algo.kl.estimator == f"kl_plugins:{options['kl']}"
+    assert plan_of(args) is args.kl_plugins
+    assert {name: getattr(args.kl_plugins.spec, name) for name in spec} == spec
+
+
+def test_the_discount_is_the_hosts(planned):
+    lambd = ("--algo.advantage.lambd", "0.9")
+    assert planned(*lambd, kl="k1_in_reward").kl_plugins.discount == 0.9
+    assert planned(*GRPO, *lambd, kl="k1_in_reward").kl_plugins.discount == 1
+    gamma = (*REINFORCE, "--algo.advantage.gamma", "0.5")
+    assert planned(*gamma, kl="k1_in_reward", kl_allow_biased=True).kl_plugins.discount == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "message"),
+    [
+        ((), {}, "no KL was named"),
+        ((), {"kl": "k1_as_loss"}, "expected gradient is zero"),
+        (REINFORCE, {"kl": "k3_in_reward"}, "expected gradient is biased"),
+        (GRPO, {"kl": "k2_as_loss", "kl_placement": "reward"}, "is a term of the loss"),
+        (GRPO, {"kl": "k2_as_loss", "kl_placement": "advantage"}, "choose from auto, loss, reward"),
+        (GRPO, {"kl": "k2_as_loss", "kl_clip": "combined"}, "use kl_placement='reward'"),
+        (REINFORCE, {"kl": "k1_in_reward", "kl_off_policy": "prefix"}, "not used in the reward"),
+        (REINFORCE, {"kl": "k1_in_reward", "kl_gamma": 0.5}, "not used in the reward"),
+        (REINFORCE, {"kl": "k1_in_reward", "kl_credit": "sequence"}, "credit 'to_go'"),
+        ((*REINFORCE, "--algo.advantage.gamma", "0.9"), {"kl": "k1_in_reward"}, "use gamma=1"),
+        (("--algo.advantage.gamma", "0.9"), {"kl": "k1_in_reward"}, "use gamma=1"),
+        ((), {"kl": "k1_in_reward", "kl_baseline": "leave_one_out"}, "whose critic is the baseline"),
+        (
+            (*REINFORCE, "--rollout.n_samples_per_prompt", "1"),
+            {"kl": "k2_as_loss", "kl_baseline": "leave_one_out"},
+            "n_samples_per_prompt of 2 or more",
+        ),
+        ((*GRPO, "--algo.kl.init_coef", "0"), {"kl": "k2_as_loss"}, "it is beta"),
+        ((*GRPO, "--algo.kl.estimator", "k3"), {"kl": "k2_as_loss"}, "--algo.kl.estimator k3"),
+        ((*GRPO, "--algo.kl.unbiased_gradient"), {"kl": "k2_as_loss"}, "--algo.kl.unbiased_gradient"),
+        ((*REINFORCE, "--algo.kl.use_loss"), {"kl": "k1_in_reward"}, "--algo.kl.use_loss"),
+        ((*GRPO, "--algo.kl.target", "6"), {"kl": "k2_as_loss"}, "--algo.kl.target"),
+        ((*GRPO, "--rollout.top_p", "0.9"), {"kl": "k2_as_loss"}, "--rollout.top_p 0.9"),
+        ((*GRPO, "--train.async_enable"), {"kl": "k2_as_loss"}, "is_correction_level token"),
+        ((*GRPO, "--actor.policy_loss_type", "gspo"), {"kl": "k1_in_reward"}, "gspo"),
+    ],
+)
+def test_what_is_refused(flags, options, message):
+    args = parse(*FLAGS, *flags)
+    with pytest.raises(ConfigError, match=message):
+        plan_run(OpenRLHFOptions(**options), args)
+    assert not hasattr(args, "kl_plugins")
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ((*GRPO, "--algo.kl.use_loss"), {"kl": "k2_as_loss"}),
+        ((*REINFORCE, "--algo.kl.target", "6"), {"kl": "k1_in_reward"}),
+        ((*GRPO, "--rollout.top_p", "0.9"), {"kl": "k2_as_loss", "kl_allow_biased": True}),
+        ((*GRPO, "--train.async_enable", "--algo.advantage.is_correction_level", "token"), {"kl": "k2_as_loss"}),
+        ((*GRPO, "--actor.policy_loss_type", "gspo"), {"kl": "k1_in_reward", "kl_placement": "loss"}),
+    ],
+)
+def test_what_is_not(planned, flags, options):
+    planned(*flags, **options)
+
+
+def test_all_problems_at_once_and_an_unknown_name():
+    args = parse(*FLAGS, *GRPO, "--rollout.top_p", "0.9", "--algo.kl.estimator", "k3")
+    with pytest.raises(ConfigError) as refused:
+        plan_run(OpenRLHFOptions(kl="k1_as_loss"), args)
+    assert len(refused.value.args) == 3
+    with pytest.raises(UnknownLossError, match="k2_as_loss"):
+        plan_run(OpenRLHFOptions(kl="k2_as_los"), args)
+
+
+def test_length_and_filter_are_warned_about(planned):
+    with pytest.warns(UserWarning, match="by its length"):
+        planned(*REINFORCE, "--actor.loss_agg_mode", "seq-mean-token-mean", kl="k1_in_reward")
+    with pytest.warns(UserWarning, match="the prompts that remain"):
+        planned(*GRPO, "--algo.dynamic_filtering_enable", kl="k2_as_loss")
+
+
+def test_nodes_with_another_version_are_refused(planned, monkeypatch):
+    args = planned(*GRPO, kl="k2_as_loss")
+    monkeypatch.setattr(kl_plugins, "__version__", "0.0.1")
+    with pytest.raises(PatchError, match="the same version on every node"):
+        plan_of(args)
+
+
+@pytest.fixture
+def hook(monkeypatch):
+    """The hook in a driver that starts from nothing."""
+    for name in (driver.RAY_HOOK, driver.OPTIONS, driver.CHAINED_HOOK, worker.IN_WORKER, worker.ALLOW_UNTESTED):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(driver, "_plan", None)
+    monkeypatch.setattr(driver, "_options", None)
+    return driver.runtime_env_hook
+
+
+class TestByEnvironment:
+    """`RAY_RUNTIME_ENV_HOOK`, as Ray calls it within OpenRLHF's own `ray.init`."""
+
+    def test_the_plan_is_made_and_the_workers_are_told(self, hook, monkeypatch, capsys):
+        monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss --kl-weight-clip 0 5 --kl-off-policy token")
+        envs = []
+        args = parse(*FLAGS, *GRPO, at_ray_init=lambda options: envs.append(hook(options["runtime_env"])))
+        assert args.kl_plugins.spec.weight_clip == (0.0, 5.0)
+        assert args.algo.kl.use_loss
+        assert envs[0]["worker_process_setup_hook"] == worker.SETUP_HOOK
+        assert envs[0]["env_vars"]["NCCL_DEBUG"] == "WARN"  # OpenRLHF's own
+        assert "k2_as_loss in the loss" in capsys.readouterr().out
+
+    def test_the_users_own_hooks_are_chained(self, hook, monkeypatch):
+        theirs = SimpleNamespace(hook=lambda env: env | {"worker_process_setup_hook": "their.setup", "pip": ["x"]})
+        monkeypatch.setitem(sys.modules, "their_hooks", theirs)
+        monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss")
+        monkeypatch.setenv(driver.CHAINED_HOOK, "their_hooks.hook")
+        envs = []
+        parse(*FLAGS, *GRPO, at_ray_init=lambda options: envs.append(hook(options["runtime_env"])))
+        assert envs[0]["pip"] == ["x"]
+        assert envs[0]["worker_process_setup_hook"] == worker.SETUP_HOOK
+        assert envs[0]["env_vars"][worker.CHAINED_SETUP_HOOK] == "their.setup"
+
+    def test_a_worker_runs_the_chained_setup_too(self, monkeypatch):
+        called = []
+        monkeypatch.setitem(sys.modules, "their_hooks", SimpleNamespace(setup=lambda: called.append(1)))
+        monkeypatch.setenv(worker.CHAINED_SETUP_HOOK, "their_hooks.setup")
+        monkeypatch.setattr(worker, "_patching", mock.Mock())
+        worker.setup()
+        assert called == [1]
+
+    def test_a_setup_function_that_cannot_be_named_is_refused(self, hook, monkeypatch):
+        monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss")
+        with pytest.raises(ConfigError, match="which can't be chained"):
+            parse(*FLAGS, *GRPO, at_ray_init=lambda _: hook({"worker_process_setup_hook": print}))
+
+    def test_what_a_worker_starts_is_left_alone(self, hook, monkeypatch):
+        monkeypatch.setenv(worker.IN_WORKER, "1")
+        assert hook({"env_vars": {"A": "1"}}) == {"env_vars": {"A": "1"}}
+        assert hook(None) == {}
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("", "no KL was chosen"),
+            ("--kl k2_as_loss --kl-of-policy token", "No such option"),
+            ("--kl k2_as_loss --kl-weight-clip 1", "weight-clip"),
+            ("--kl k2_as_loss -- --algo.kl.init_coef 1", "only options of the KL"),
+            ("--kl k1_as_loss", "expected gradient is zero"),
+        ],
+    )
+    def test_wrong_words_are_refused_before_ray_starts(self, hook, monkeypatch, words, message):
+        monkeypatch.setenv(driver.OPTIONS, words)
+        with pytest.raises(ConfigError, match=message):
+            parse(*FLAGS, *GRPO, at_ray_init=lambda options: hook(options["runtime_env"]))
+
+    def test_a_script_of_ones_own_must_prepare_its_arguments(self, hook, monkeypatch):
+        monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss")
+        with pytest.raises(PatchError, match="prepare"):
+            hook(None)
+        args = parse(*FLAGS, *GRPO)
+        monkeypatch.setenv(driver.RAY_HOOK, "")  # restored afterwards
+        driver.prepare(OpenRLHFOptions(kl="k2_as_loss"), args)
+        assert hook(None)["worker_process_setup_hook"] == worker.SETUP_HOOK
+        assert os.environ[driver.RAY_HOOK] == driver.HOOK
+
+    def test_another_version_of_the_host_is_refused_before_ray_starts(self, hook, monkeypatch):
+        import_openrlhf()
+        monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss")
+        monkeypatch.setattr("openrlhf.trainer.ray.ppo_actor.compute_approx_kl", lambda log_probs: log_probs)
+        with pytest.raises(PatchError, match="ppo_actor:compute_approx_kl"):
+            parse(*FLAGS, *GRPO, at_ray_init=lambda options: hook(options["runtime_env"]))
+
+
+class TestLauncher:
+    """`kl-plugins openrlhf`, up to the moment when Ray would start."""
+
+    @pytest.fixture
+    def launch(self, hook, monkeypatch):
+        import_openrlhf()
+        for name in (driver.RAY_HOOK, driver.CHAINED_HOOK, "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
+            monkeypatch.setenv(name, "")  # so that what the launcher sets is taken back
+        monkeypatch.setattr(sys, "argv", [])
+        started = []
+
+        def ray_init(runtime_env):
+            path = os.environ[driver.RAY_HOOK]
+            started.append(worker.resolve(path)(runtime_env) if call_hook else runtime_env)
+            raise KeyboardInterrupt
+
+        call_hook = True
+        monkeypatch.setattr("ray.init", ray_init)
+
+        def run(*words):
+            result = CliRunner().invoke(cli.app, ["openrlhf", *words])
+            return result, started
+
+        return run
+
+    def test_it_starts_openrlhf_hooked(self, launch):
+        flags = ("--actor.model_name_or_path", "m", *FLAGS, *GRPO)
+        _, started = launch("--kl", "k2_as_loss", "--", *flags)
+        assert started[0]["worker_process_setup_hook"] == worker.SETUP_HOOK
+
+    def test_dry_run_stops_before_ray_starts(self, launch):
+        result, started = launch("--kl", "k1_in_reward", "--dry-run", "--", *FLAGS, *GRPO)
+        assert (result.exit_code, started) == (0, [])
+        assert "expected gradient: reverse_kl" in result.output
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("--kl", "k1_as_loss", "--", *FLAGS, *GRPO), "expected gradient is zero"),
+            (("--kl", "k2_as_los", "--", *FLAGS, *GRPO), "k2_as_loss"),
+            (("--kl", "k2_as_loss", "--", *FLAGS, *GRPO, "--algo.kl.estimator", "k3"), "leave it out"),
+            (("--kl", "k2_as_loss", "--kl-off-polcy", "token", "--"), "No such option"),
+        ],
+    )
+    def test_errors_are_one_message_and_exit_code_2(self, launch, words, message):
+        result, started = launch(*words)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert not started
+
+    def test_a_ray_that_never_calls_the_hook_is_refused(self, launch, monkeypatch):
+        monkeypatch.setattr("ray.init", lambda **_: None)  # as for ray:// addresses
+        result, _ = launch("--kl", "k2_as_loss", "--", *FLAGS, *GRPO)
+        assert result.exit_code == 2
+        assert "no process would be hooked" in result.output.replace("\n", " ")
+
+
+class TestProof:
+    """What the processes report after the first step."""
+
+    def reports(self, *targets):
+        return [
+            {
+                "process": "openrlhf.trainer.ray.ppo_actor.PolicyModelActor",
+                "node": "10.0.0.1",
+                "pid": pid,
+                "bindings": [
+                    {
+                        "target": target,
+                        "role": "loss",
+                        "host": "openrlhf",
+                        "version": "0.11.2",
+                        "digest": "ab" * 32,
+                        "calls": calls,
+                        "bound": True,
+                        "pid": pid,
+                    }
+                ],
+            }
+            for pid, (target, calls) in enumerate(targets)
+        ]
+
+    STEP = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step"
+    LOSS = "openrlhf.trainer.ray.ppo_actor:compute_approx_kl"
+    REWARD = "openrlhf.trainer.ppo_utils.experience_maker:compute_approx_kl"
+    SAMPLE = "openrlhf.trainer.ppo_utils.samples_generator:SamplesGenerator._dispatch_prompts_to_vllm"
+
+    @pytest.mark.parametrize(
+        ("kl", "targets", "missing"),
+        [
+            ("k2_as_loss", [(STEP, 1), (STEP, 1), (LOSS, 1), (LOSS, 1), (SAMPLE, 1)], 0),
+            ("k2_as_loss", [(STEP, 1), (STEP, 1), (LOSS, 1), (LOSS, 0), (SAMPLE, 1)], 1),
+            ("k2_as_loss", [(STEP, 1), (LOSS, 1), (SAMPLE, 1)], 2),
+            ("k2_as_loss", [(STEP, 1), (STEP, 1), (LOSS, 1), (LOSS, 1)], 1),
+            ("k1_in_reward", [(STEP, 1), (STEP, 1), (REWARD, 1), (SAMPLE, 1)], 0),
+            ("k1_in_reward", [(STEP, 1), (STEP, 1), (SAMPLE, 1)], 1),
+            ("k2_as_loss", [], 3),
+        ],
+    )
+    def test_every_process_that_should_have_must_have_called_ours(self, planned, kl, targets, missing):
+        plan = planned(*REINFORCE, kl=kl).kl_plugins
+        assert len(worker.missing_proof(self.reports(*targets), plan, actors=2)) == missing
+
+    def test_the_table_names_process_target_host_digest_and_calls(self):
+        table = worker.proof_table(self.reports((self.STEP, 7)))
+        for cell in ("PolicyModelActor", "ActorPPOTrainer.training_step", "openrlhf 0.11.2", "ababab", "7"):
+            assert cell in table
+
+    def test_an_incomplete_proof_stops_the_run(self, planned, monkeypatch):
+        monkeypatch.setattr(worker, "reports", lambda: self.reports((self.STEP, 1)))
+        with pytest.raises(PatchError, match="should have been called"):
+            worker.require_proof(planned(*GRPO, kl="k2_as_loss").kl_plugins, actors=1)
+
+
+def test_vllm_is_not_asked_for_a_first_token_that_cannot_end_the_completion(planned, hooked):
+    import_openrlhf()
+    from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+
+    asked = []
+    engine = SimpleNamespace(
+        get_num_unfinished_requests=SimpleNamespace(remote=lambda: 0),
+        generate_responses=SimpleNamespace(remote=lambda **request: asked.append(request["sampling_params"])),
+    )
+    generator = SamplesGenerator.__new__(SamplesGenerator)
+    generator.args, generator.vllm_engines, generator.tokenizer = planned(*GRPO, kl="k2_as_loss"), [engine], None
+    with mock.patch("openrlhf.trainer.ppo_utils.samples_generator.ray.get", lambda refs: refs):
+        generator._dispatch_prompts_to_vllm(["a"], ["b"], temperature=1.0, max_new_tokens=8)
+        assert asked.pop().min_tokens == 0
+        hooked.undo()
+        generator._dispatch_prompts_to_vllm(["a"], ["b"], temperature=1.0, max_new_tokens=8)
+        assert asked.pop().min_tokens == 1
+        hooked.apply()
