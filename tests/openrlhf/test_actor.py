@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from tiny_openrlhf import FLAGS, experience, gradients, parse, step
@@ -177,13 +179,27 @@ def test_nonfinite_scores_stop_or_are_dropped(make_actor, planned, hooked):
     assert trainer.kl_plugins_sums[0][-1] == 1
 
 
-def test_undo_leaves_the_hosts_own_functions(hooked):
-    import openrlhf.models.utils as utils
-    import openrlhf.trainer.ppo_utils.experience_maker as maker
-    import openrlhf.trainer.ray.ppo_actor as actor
+def bound(target):
+    found = importlib.import_module(target.module)
+    *holders, name = target.qualname.split(".")
+    for holder in holders:
+        found = getattr(found, holder)
+    return vars(found)[name]
 
-    during = actor.compute_approx_kl
-    assert during is not utils.compute_approx_kl
-    hooked.undo()
-    assert actor.compute_approx_kl is maker.compute_approx_kl is utils.compute_approx_kl
-    hooked.apply()  # for the fixture to undo
+
+def test_after_a_hooked_step_everything_is_the_hosts_again(make_actor, planned):
+    args = planned(kl="k2_as_loss")
+    trainer = make_actor(args)
+    batch, _ = made_up(args, trainer)
+    patches = load_patches("openrlhf")
+    before = [bound(target) for target in patches.targets]
+    loss_fn, attributes = trainer.actor_loss_fn, set(vars(trainer))
+    with Patching(patches) as patching:
+        assert not any(bound(target) is own for target, own in zip(patches.targets, before, strict=True))
+        step(trainer, batch)
+        calls = {binding.target.partition(":")[2]: binding.calls for binding in patching.bindings()}
+    assert calls["ActorPPOTrainer.training_step"] == 1
+    assert all(bound(target) is own for target, own in zip(patches.targets, before, strict=True))
+    assert trainer.actor_loss_fn is loss_fn
+    assert set(vars(trainer)) - attributes <= {"kl_plugins_sums"}
+    patches.check()

@@ -1,0 +1,45 @@
+"""GRPO with `k2_as_loss`: the launcher, two data-parallel ranks, packed dynamic batches, real Ray, DeepSpeed, vLLM."""
+
+from __future__ import annotations
+
+import pytest
+from openrlhf_run import run
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(500)]
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("grpo")
+    two_ranks = ("--actor.num_gpus_per_node", "2", "--ref.num_gpus_per_node", "2")
+    dynamic = ("--train.dynamic_batch_enable", "--ds.packing_samples", "--train.max_tokens_per_gpu", "64")
+    return run(
+        folder, model_folder, "grpo", "--kl", "k2_as_loss", "--kl-off-policy", "token", flags=(*two_ranks, *dynamic)
+    )
+
+
+def test_it_ends_well_and_says_what_it_does(grpo):
+    assert grpo.returncode == 0, grpo.output[-3000:]
+    assert "k2_as_loss in the loss: credit=token, off_policy=token" in grpo.output
+    assert "expected gradient: local_reverse_kl" in grpo.output
+
+
+def test_every_process_proves_itself(grpo):
+    rows = grpo.proof()
+    losses = [row for row in rows if row["target"] == "compute_approx_kl"]
+    assert [row["process"] for row in losses] == ["PolicyModelActor"] * 2
+    assert len({row["pid"] for row in losses}) == 2
+    assert all(int(row["calls"]) >= 2 and row["host"] == "openrlhf 0.11.2" and row["role"] == "loss" for row in losses)
+    assert any(row["target"].endswith("_dispatch_prompts_to_vllm") for row in rows)
+
+
+def test_the_log_line_and_tensorboard_have_the_same_right_numbers(grpo):
+    assert len(grpo.steps) == 2
+    for index, step in enumerate(grpo.steps):
+        assert step["kl/beta"] == 0.05
+        assert step["kl/loss"] == pytest.approx(0.05 * step["kl/k2"], rel=1e-5)
+        assert 0 < step["kl/ess"] <= 1
+        assert step["kl/weight_max"] > 1
+        assert step["kl/k2"] > 0
+        for name in ("kl/k1", "kl/k2", "kl/k3", "kl/ess", "kl/loss"):
+            assert grpo.tensorboard[f"train/{name}"][index] == pytest.approx(step[name], rel=1e-5)
