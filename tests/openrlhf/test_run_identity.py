@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(700)]
 
-# Completions that depend on the prompt and nothing else: sampling in vLLM depends on which requests meet in a batch.
+# Completions that depend on how many came before and nothing else: what vLLM draws depends on which requests meet in a
+# batch, and OpenRLHF shuffles the prompts without a seed, so all are the same one.
 AGENT = """
 import hashlib
 from openrlhf.utils.agent import AgentExecutorBase
@@ -37,7 +38,7 @@ class AgentExecutor(AgentExecutorBase):
 DETERMINISTIC = (
     *("--rollout.batch_size", "1", "--rollout.n_samples_per_prompt", "8", "--train.batch_size", "8"),
     *("--data.max_samples", "4", "--train.max_epochs", "2", "--algo.advantage.is_correction_level", "off"),
-    *("--algo.kl.init_coef", "0.5", "--actor.lr_warmup_ratio", "0"),
+    *("--algo.kl.init_coef", "0.5", "--actor.lr_warmup_ratio", "0", "--actor.adam.lr", "3e-4"),
 )
 
 
@@ -46,7 +47,17 @@ def pair(tmp_path_factory, model_folder):
     ours, theirs = (tmp_path_factory.mktemp(name) for name in ("hooked", "stock"))
     for folder in (ours, theirs):
         (folder / "agent.py").write_text(AGENT)
-    flags = lambda folder: (*DETERMINISTIC, "--train.agent_func_path", str(folder / "agent.py"))  # noqa: E731
+        (folder / "same.jsonl").write_text('{"input": "4+5=", "label": "9"}\n' * 4)
+
+    def flags(folder):
+        files = (
+            "--train.agent_func_path",
+            str(folder / "agent.py"),
+            "--data.prompt_dataset",
+            str(folder / "same.jsonl"),
+        )
+        return *DETERMINISTIC, *files
+
     hooked = run(ours, model_folder, "grpo", "--kl", "k2_as_loss", flags=flags(ours), OPENRLHF_CPU_FP32="1")
     own = ("--algo.kl.use_loss", "--algo.kl.estimator", "k2", "--algo.kl.unbiased_gradient")
     stock = run_stock(theirs, model_folder, "grpo", flags=(*flags(theirs), *own), OPENRLHF_CPU_FP32="1")
@@ -67,5 +78,5 @@ def test_the_parameters_are_those_of_the_unhooked_host(pair, model_folder, tmp_p
     assert max(step["kl/weight_max"] for step in hooked.steps) < 10
     found, wanted = weights(hooked.folder / "model"), weights(stock.folder / "model")
     moved = (wanted - weights(Path(model_folder))).norm()
-    assert moved > 0.1
+    assert moved > 0.01
     assert (found - wanted).norm() < 1e-4 * moved

@@ -126,14 +126,19 @@ def run(folder: Path, model: str, algorithm: str, *kl: str, flags: Sequence[str]
     return start(command, folder, environment(folder, model, **env))
 
 
-def run_stock(folder: Path, model: str, algorithm: str, *, flags: Sequence[str] = (), **env: str) -> Run:
-    """The same with OpenRLHF's own command line: a `kl-plugins` that is none starts it with what follows `--`."""
+def run_stock(
+    folder: Path, model: str, algorithm: str, *, flags: Sequence[str] = (), only_print: bool = False, **env: str
+) -> Run:
+    """The same with OpenRLHF's own command line: a `kl-plugins` that is none starts it with what follows `--`.
+
+    `only_print`: it prints that instead, each word ended by a NUL.
+    """
     programs = folder / "bin"
     programs.mkdir()
     plain = programs / "kl-plugins"
     plain.write_text(
         '#!/bin/bash\nwhile [ "$1" != -- ]; do shift; done; shift\n'
-        f'exec {sys.executable} -m openrlhf.cli.train_ppo_ray "$@"\n'
+        + ('printf "%s\\0" "$@"\n' if only_print else f'exec {sys.executable} -m openrlhf.cli.train_ppo_ray "$@"\n')
     )
     plain.chmod(0o755)
     prepared = environment(folder, model, **env)
