@@ -15,7 +15,8 @@ from rich.table import Table
 from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
 from kl_plugins.hosts import TESTED, installed_version
 from kl_plugins.openrlhf.plan import OpenRLHFOptions
-from kl_plugins.patching import changes, load_patches
+from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import changes
 from kl_plugins.registry import LOSSES, KLLoss, all_losses, get_loss, third_party_names
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

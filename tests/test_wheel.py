@@ -70,3 +70,10 @@ def test_torch_is_really_absent(python):
 def test_command_line(python):
     assert "forward" in run(python.with_name("kl-plugins"), "explain", "k3_as_loss")
     run(python.with_name("kl-plugins"), "doctor")
+    said = run(python.with_name("kl-plugins"), "doctor", "--json")
+    assert '"openrlhf is not installed"' in said
+
+
+def test_the_patches_come_along(python):
+    code = "from kl_plugins.patchfile import load_patches as l; print(*[t.name for t in l('openrlhf').targets])"
+    assert "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step" in run(python, "-c", code).split()

@@ -18,7 +18,8 @@ from typing import Any
 from kl_plugins.errors import ConfigError, PatchError
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, Plan, plan_run
-from kl_plugins.patching import load_patches
+from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import check
 
 MODULE = "openrlhf.cli.train_ppo_ray"
 HOOK = f"{__name__}.runtime_env_hook"
@@ -70,7 +71,7 @@ def launch(options: OpenRLHFOptions, flags: Sequence[str], *, dry_run: bool = Fa
 def prepare(options: OpenRLHFOptions, args: Any) -> Plan:
     """For scripts that call OpenRLHF's `train(args)` themselves: call this before. Raises as `launch` does."""
     global _plan
-    load_patches("openrlhf").check(allow_untested=worker.allow_untested())
+    check(load_patches("openrlhf"), allow_untested=worker.allow_untested())
     _plan = plan_run(options, args)
     os.environ[RAY_HOOK] = HOOK
     return _plan

@@ -18,8 +18,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from kl_plugins import PatchError, patching
-from kl_plugins.patching import Patching, bare_signature, changes, load_patches, source_digest
+from kl_plugins import PatchError, patchfile, patching
+from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import Patching, bare_signature, changes, check, source_digest
 
 UTILS = """
 def approx(a, b=1):
@@ -321,7 +322,7 @@ def test_a_second_patch_of_a_target_is_refused_naming_the_owner(how, host):
         with pytest.raises(PatchError, match=r"Trainer.step is already patched by somebody: undo that first"):
             getattr(other, how)()
         assert snapshot.changed() == []
-        second.check()  # the host itself is as it should be
+        check(second)  # the host itself is as it should be
     other.apply()
     other.undo()
 
@@ -419,7 +420,7 @@ def test_what_is_already_patched_by_others_is_refused(wraps, message, host):
 
     module().loss = functools.wraps(original)(foreign) if wraps else foreign
     with pytest.raises(PatchError, match=message):
-        patches.check()
+        check(patches)
 
 
 # What isn't as it was tested
@@ -489,7 +490,7 @@ def test_a_different_host_is_refused_and_nothing_bound(different, how, host):
     else:
         snapshot = Snapshot() if different not in ("class renamed", "no class", "no import") else None
         with pytest.raises(PatchError, match=message):
-            patches.check() if how == "check" else Patching(patches).apply()
+            check(patches) if how == "check" else Patching(patches).apply()
         assert snapshot is None or snapshot.changed() == []
         assert not hasattr(module("utils").approx, patching.OWNER_MARK)
 
@@ -500,7 +501,7 @@ def test_every_problem_is_listed(host):
     host.release("1.1")
     patches = host.patches(LOSS, STEP, APPROX, wrapper=["stubwrap:hundred", "stubwrap:hundred", "stubwrap:none"])
     with pytest.raises(PatchError) as error:
-        patches.check()
+        check(patches)
     remedy = "install a tested version (stubhost==1.0)"
     known, found = digest_of(TRAINER, "loss"), source_digest(module().loss)
     lines = str(error.value).splitlines()
@@ -525,7 +526,7 @@ def test_every_problem_is_listed(host):
 )
 def test_wrappers_must_exist(wrapper, message, host):
     with pytest.raises(PatchError, match=message):
-        host.patches(STEP, wrapper=wrapper).check()
+        check(host.patches(STEP, wrapper=wrapper))
 
 
 def test_a_host_that_is_not_installed_is_refused(host):
@@ -533,14 +534,14 @@ def test_a_host_that_is_not_installed_is_refused(host):
     (host.folder / "stubhost-1.dist-info").rmdir()
     importlib.invalidate_caches()
     patches = host.patches(STEP)
-    for ask in (patches.check, Patching(patches).apply, lambda: changes(patches)):
+    for ask in (lambda: check(patches), Patching(patches).apply, lambda: changes(patches)):
         with pytest.raises(PatchError, match=r"stubhost is not installed: install stubhost==1.0"):
             ask()
 
 
 def test_an_untested_version_is_refused_unless_opted_in_and_unchanged(host, caplog):
     patches, snapshot = host.patches(LOSS, STEP), Snapshot()
-    patches.check()
+    check(patches)
     assert not caplog.records
     host.release("1.1")
     with pytest.raises(PatchError, match=r"1.1 was not tested, 1.0 was: install a tested version .* allow_untested"):
@@ -563,7 +564,7 @@ def test_opting_in_does_not_accept_a_changed_function(different, host, caplog):
     with pytest.raises(PatchError, match=message):
         Patching(patches, allow_untested=True).apply()
     with pytest.raises(PatchError, match=message):
-        patches.check(allow_untested=True)
+        check(patches, allow_untested=True)
     assert snapshot.changed() == []
     assert not caplog.records
 
@@ -575,10 +576,10 @@ def test_a_tested_version_needs_its_own_digest_and_an_untested_one_any(version, 
     patches = replace(host.patches(STEP), tested=("1.0", "2.0"), targets=(target,))
     host.release(version)
     if accepted:
-        patches.check(allow_untested=True)
+        check(patches, allow_untested=True)
     else:
         with pytest.raises(PatchError, match=r"tested was 000000000000: reinstall stubhost==1.0"):
-            patches.check(allow_untested=True)
+            check(patches, allow_untested=True)
 
 
 def test_changes_tell_a_maintainer_what_a_version_takes(host):
@@ -806,7 +807,7 @@ def test_data_is_found_in_a_wheel_and_in_a_clone(where, tmp_path, monkeypatch):
     for each in (package, folder):
         each.mkdir()
     (folder / "stubhost.toml").write_text(as_toml([STEP, LOSS]).replace('1.0"]', '1.0"]\n# Comments are welcome'))
-    monkeypatch.setattr(patching, "__file__", str(package / "patching.py"))
+    monkeypatch.setattr(patchfile, "__file__", str(package / "patchfile.py"))
     patches = load_patches("stubhost")
     assert (patches.host, patches.tested) == ("stubhost", ("1.0",))
     step, _ = patches.targets

@@ -9,7 +9,8 @@ import torch
 from tiny_openrlhf import FLAGS, experience, gradients, parse, step
 
 from kl_plugins import KLSpec, PatchError, kl_terms
-from kl_plugins.patching import Patching, load_patches
+from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import Patching, check
 
 ROWS, PROMPT, LENGTH = 8, 4, 6
 
@@ -202,4 +203,4 @@ def test_after_a_hooked_step_everything_is_the_hosts_again(make_actor, planned):
     assert all(bound(target) is own for target, own in zip(patches.targets, before, strict=True))
     assert trainer.actor_loss_fn is loss_fn
     assert set(vars(trainer)) - attributes <= {"kl_plugins_sums"}
-    patches.check()
+    check(patches)

@@ -2,7 +2,8 @@
 
 from tiny_openrlhf import import_openrlhf
 
-from kl_plugins.patching import Patching, load_patches
+from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import Patching
 
 
 def pytest_collection_modifyitems(items):
