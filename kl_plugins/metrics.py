@@ -14,7 +14,7 @@ from torch import Tensor
 from kl_plugins.estimators import k1, k2, k3
 from kl_plugins.terms import KLTerms
 
-_SUMS = ("tokens", "k1", "k2", "k3", "value", "weight", "weight_squared", "cut", "unscored", "dropped")
+SUMS = ("tokens", "k1", "k2", "k3", "value", "weight", "weight_squared", "cut", "unscored", "dropped")
 # Meaningless where the host's own ratio and clip weigh the coefficients (`clip="combined"`), and logs about them.
 OWN_WEIGHTS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscored")
 
@@ -30,7 +30,7 @@ def kl_sums(terms: KLTerms) -> Tensor:
 def kl_metrics(sums: Tensor, *, weight_max: Tensor, beta: float) -> dict[str, float]:
     """The logged numbers, as Python floats (one device sync). A batch without a counted token gives zeros."""
     *values, largest = torch.cat([sums, weight_max.reshape(1).to(sums.dtype)]).tolist()
-    total = dict(zip(_SUMS, values, strict=True))
+    total = dict(zip(SUMS, values, strict=True))
     tokens = max(total["tokens"], 1.0)
     squares = total["weight_squared"]
     return {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.errors import PatchError
-from kl_plugins.metrics import OWN_WEIGHTS, kl_metrics, kl_sums
+from kl_plugins.metrics import OWN_WEIGHTS, SUMS, kl_metrics, kl_sums
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.plan import Plan, plan_of
 from kl_plugins.terms import KLTerms, assign_credit, kl_terms, require_policy_scores
@@ -170,19 +170,21 @@ def _unexpected(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
 def _count(trainer: Any, terms: KLTerms) -> None:
     """Add a micro-batch to what `ppo_train` logs."""
     sums, largest = kl_sums(terms), terms.weight.max()
-    if trainer.kl_plugins_sums is not None:
-        sums, largest = sums + trainer.kl_plugins_sums[0], torch.maximum(largest, trainer.kl_plugins_sums[1])
+    so_far = getattr(trainer, "kl_plugins_sums", None)
+    if so_far is not None:
+        sums, largest = sums + so_far[0], torch.maximum(largest, so_far[1])
     trainer.kl_plugins_sums = sums, largest
 
 
 def _metrics(trainer: Any, beta: float) -> dict[str, float]:
-    """The `kl/*` numbers over all steps of a `ppo_train` and all ranks; none if there was no step."""
-    if trainer.kl_plugins_sums is None:
-        return {}
-    sums, largest = trainer.kl_plugins_sums
+    """The `kl/*` numbers over all steps of a `ppo_train` and all ranks; none if no rank took a step."""
+    # A rank without a step takes part in the reductions all the same: the others wait for it.
+    sums, largest = trainer.kl_plugins_sums or (torch.zeros(len(SUMS)), torch.zeros(()))
     copies = trainer.args.ds.ring_attn_size * trainer.args.ds.tensor_parallel_size  # ranks that hold the same rows
     sums = trainer.strategy.all_reduce(sums.clone(), op="sum") / copies
     largest = trainer.strategy.all_reduce(largest.clone(), op="max")
+    if not sums.any():
+        return {}
     metrics = kl_metrics(sums, weight_max=largest, beta=beta)
     if plan_of(trainer.args).in_reward:  # OpenRLHF's own ratio and clip apply, and are logged by it
         return {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
