@@ -67,14 +67,19 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="The same for ma
 
 
 def openrlhf(context: typer.Context, dry_run: bool, **options: Any) -> None:
-    """Run OpenRLHF with the KL of your choice in every process: kl-plugins openrlhf --kl NAME -- FLAGS.
+    """Run OpenRLHF with the KL of your choice in every process.
 
-    FLAGS are those of openrlhf.cli.train_ppo_ray; --algo.kl.init_coef is the coefficient (beta).
+    OPENRLHF_FLAGS, after a `--`, are those of openrlhf.cli.train_ppo_ray; --algo.kl.init_coef is the coefficient.
     """
     from kl_plugins.openrlhf.driver import launch
 
     try:
         launch(OpenRLHFOptions(**options), context.args, dry_run=dry_run)
+    except ModuleNotFoundError as error:
+        where = "pip install flash-attn, or without a GPU put recipes/openrlhf_cpu on PYTHONPATH"
+        what = f"OpenRLHF can't be imported: {error}; {where if error.name == 'flash_attn' else 'install it'}"
+        Console(stderr=True).print(f"[red]error:[/red] {what}", soft_wrap=True)
+        raise typer.Exit(2) from error
     except (UnknownLossError, ConfigError, PatchError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise typer.Exit(2) from error
@@ -99,7 +104,7 @@ def _as_parameters(function: Any, options: type) -> Any:
     return function
 
 
-app.command(context_settings={"ignore_unknown_options": False, "allow_extra_args": True})(
+app.command(options_metavar="--kl NAME [OPTIONS] -- OPENRLHF_FLAGS", context_settings={"allow_extra_args": True})(
     _as_parameters(openrlhf, OpenRLHFOptions)
 )
 

@@ -17,7 +17,13 @@ from typing import Any
 from kl_plugins.errors import PatchError
 
 _NAME = r"[\w.]+:[\w.]+"
-_TEXTS = {"name": _NAME, "role": "loss|reward|sampling|log", "wrapper": _NAME, "signature": r"\(.*\)", "reason": ".+"}
+_TEXTS = {
+    "name": _NAME,
+    "role": "loss|reward|sampling|log|check",
+    "wrapper": _NAME,
+    "signature": r"\(.*\)",
+    "reason": ".+",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +31,11 @@ class Target:
     """One function of a host, what replaces it, and how it looked in each tested version."""
 
     name: str  # module:qualified.name, where it is looked up; it may be defined elsewhere
-    role: str  # loss, reward, sampling or log
-    wrapper: str  # module:name of what is called with the original and returns what takes its place
+    role: str  # loss, reward, sampling or log; check: it is relied on, so it must be as tested, and is left as it is
     signature: str  # `bare_signature` of the function
     reason: str  # one sentence: why it must be replaced
     digests: Mapping[str, str]  # tested version -> `source_digest` of the function
+    wrapper: str = ""  # module:name of what is called with the original and returns what takes its place
     links: tuple[str, ...] = ()
 
     @property
@@ -92,7 +98,8 @@ def _wrong(host: str, data: dict[str, Any]) -> Iterator[str]:
     names = [entry.get("name") for entry in entries]
     for entry in entries:
         where, digests = f"target {entry.get('name')!r}", entry.get("digests", {})
-        yield from _wrong_keys(where, entry, {*_TEXTS, "digests"}, {"links"})
+        unused = {"wrapper"} if entry.get("role") == "check" else set()
+        yield from _wrong_keys(where, entry, {*_TEXTS, "digests"} - unused, {"links"})
         if names.count(entry.get("name")) > 1:
             yield f"{where} is listed more than once"
         for key, pattern in _TEXTS.items():

@@ -32,6 +32,7 @@ from kl_plugins.hosts import installed_version
 from kl_plugins.patchfile import HostPatches, Target, refuse_all
 
 OWNER_MARK = "__patched_by__"
+ALLOW_UNTESTED = "KL_PLUGINS_ALLOW_UNTESTED"  # the environment variable by which users say so
 _NONE: Mapping[Any, Any] = MappingProxyType({})
 
 logger = logging.getLogger(__name__)
@@ -187,9 +188,10 @@ class Patching:
         made: list[_Seam] = []
         try:
             for seam in _examine(self.patches, targets, self.allow_untested, modules, ours, claim=True):
-                made.append(seam)
-                self._applied.append(seam)
-                seam.install(self.owner)
+                if seam.target.wrapper:
+                    made.append(seam)
+                    self._applied.append(seam)
+                    seam.install(self.owner)
                 self._latest[seam.target.name] = seam
         except BaseException as error:
             self._roll_back(made, error)
@@ -351,11 +353,15 @@ def _examine(
     version, tested = _version(patches), ", ".join(patches.tested)
     remedy, seams, problems = _remedy(patches, version), [], []
     if version not in patches.tested and not allow_untested:
-        problems.append(f"{version} was not tested, {tested} was: {remedy} or, if no function changed, allow_untested")
+        problems.append(
+            f"{version} was not tested, {tested} was: {remedy} or, if no function changed, allow_untested "
+            f"({ALLOW_UNTESTED}=1)"
+        )
     for target in targets:
         try:
             seam = _find(patches, target, version, modules.get(target.module), ours)
-            _factory(target)
+            if target.wrapper:
+                _factory(target)
         except PatchError as error:
             problems.append(str(error))
             continue
@@ -364,7 +370,7 @@ def _examine(
             problems.append(f"{target.name}: its source has digest {seam.digest[:12]}, tested was {known}: {remedy}")
         if seam.signature != target.signature:
             problems.append(f"{target.name} is called {seam.signature}, tested was {target.signature}: {remedy}")
-        if claim and hasattr(seam.function, OWNER_MARK):
+        if claim and target.wrapper and hasattr(seam.function, OWNER_MARK):
             problems.append(
                 f"{target.name} is already patched by {getattr(seam.function, OWNER_MARK)}: undo that first"
             )

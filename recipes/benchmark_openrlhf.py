@@ -3,13 +3,16 @@
 One `ActorPPOTrainer` takes the same prepared, off-policy micro-batches with OpenRLHF's own k2 and unbiased gradient,
 and with kl="k2_as_loss" (both have the same gradient); the steps alternate, and hooks are set and undone in between.
 Everything is OpenRLHF's but DeepSpeed, which is replaced by a plain backward pass, so that the step is as short, and
-the plugin's share as large, as it can be. Memory is the peak of a step above what was held before it.
+the plugin's share as large, as it can be. Memory is the peak of a step above what was held before it. Pairs are noisy
+on a shared machine, so the seconds that the plugin's own code takes in a step are given, too (its forward part).
 Writes runs/benchmark_openrlhf.json.
 
 Hardware: a CPU (12 GiB) or one GPU. Takes: 3 to 8 minutes on 2 cores at the default shape.
-Launch: python recipes/benchmark_openrlhf.py [--vocabulary 150000] [--rows 8] [--tokens 512] [--steps 10]
+Launch: python recipes/benchmark_openrlhf.py [--vocabulary 150000] [--rows 4] [--tokens 256] [--steps 10]
 """
 
+import contextlib
+import ctypes
 import importlib.util
 import json
 import runpy
@@ -38,7 +41,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from kl_plugins.openrlhf import OpenRLHFOptions, plan_run
+from kl_plugins.openrlhf import OpenRLHFOptions, actor, plan_run
 from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import Patching
 
@@ -76,11 +79,11 @@ class PlainStrategy:
 def make_trainer(args, vocabulary: int, hidden: int, context: int, device):
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=context)  # fmt: skip
-    actor = Actor(LlamaForCausalLM(config).to(device))
-    actor.packing_samples = False
+    model = Actor(LlamaForCausalLM(config).to(device))
+    model.packing_samples = False
     with mock.patch("openrlhf.trainer.ray.ppo_actor.torch_dist_barrier_and_cuda_sync"):
         scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
-        return ActorPPOTrainer(PlainStrategy(args), actor, None, None, scheduler)
+        return ActorPPOTrainer(PlainStrategy(args), model, None, None, scheduler)
 
 
 def make_batch(trainer, rows: int, tokens: int, vocabulary: int, device) -> Experience:
@@ -131,16 +134,45 @@ def peak_bytes(trainer, batch) -> int:
     return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
+@contextlib.contextmanager
+def clocked(spent: list[float]):
+    """Add the seconds of the plugin's own computation to `spent`."""
+    terms_of, count = actor.terms_of, actor._count
+
+    def clock(function):
+        def timed(*args):
+            start = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                spent[0] += time.perf_counter() - start
+
+        return timed
+
+    with mock.patch.multiple(actor, terms_of=clock(terms_of), _count=clock(count)):
+        yield
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of returning them: page faults would be half of a CPU step's time."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def main(
     vocabulary: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 150_000,
-    rows: Annotated[int, typer.Option(help="Completions in a micro-batch.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Tokens of the longest completion.")] = 512,
+    rows: Annotated[int, typer.Option(help="Completions in a micro-batch.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens of the longest completion.")] = 256,
     hidden: Annotated[int, typer.Option(help="Width of the two-layer trunk.")] = 64,
     steps: Annotated[int, typer.Option(help="Measured pairs of steps.")] = 10,
     output: Annotated[Path, typer.Option(help="For the numbers, as JSON.")] = Path("runs/benchmark_openrlhf.json"),
 ) -> None:
     """Time and memory of OpenRLHF's training step, as shipped and hooked."""
     set_seed(0)
+    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stock, ours = arguments(*STOCK), arguments()
     plan_run(OpenRLHFOptions(kl="k2_as_loss", kl_off_policy="token"), ours)
@@ -153,13 +185,14 @@ def main(
 
     def hooked(measure, batch):
         trainer.args = ours
-        with Patching(load_patches("openrlhf")):
+        with Patching(load_patches("openrlhf")), clocked(own):
             return measure(trainer, batch)
 
+    own = [0.0]
     kinds = {"OpenRLHF": as_shipped, "kl_plugins": hooked}
     batch = make_batch(trainer, rows, tokens, vocabulary, device)
     memory = {name: kind(peak_bytes, batch) for name, kind in kinds.items()}  # this warms up, too
-    seconds = {name: [] for name in kinds}
+    own[0], seconds = 0.0, {name: [] for name in kinds}
     for pair in track(range(steps), description="pairs of steps"):
         batch = make_batch(trainer, rows, tokens, vocabulary, device)
         turns = list(kinds.items())
@@ -173,6 +206,7 @@ def main(
         "versions": {"torch": torch.__version__, "openrlhf": load_patches("openrlhf").tested[-1]},
         "step_seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "time_ratio": {"median": statistics.median(paired), "lowest": paired[0], "highest": paired[-1]},
+        "seconds_in_the_term_per_step": own[0] / steps,
         "peak_bytes": memory,
         "memory_ratio": memory["kl_plugins"] / memory["OpenRLHF"],
     }
@@ -186,6 +220,7 @@ def main(
     peaks = (f"{memory[name] / 2**20:.1f}" for name in kinds)
     table.add_row("step, seconds (median)", *times, median, f"{lowest} - {highest}")
     table.add_row("peak memory of a step, MiB", *peaks, f"{result['memory_ratio']:.4f}", "")
+    table.add_row("of it computing the KL term", "", f"{own[0] / steps:.4f}", "", "")
     Console(width=100).print(table)
     print(f"{steps} paired steps; written to {output}")
 

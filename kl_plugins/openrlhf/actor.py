@@ -132,13 +132,27 @@ def _advantages_of_now(trainer: Any, plan: Plan, experience: Any, beta: float) -
         then = terms_of(plan, experience, old_log_probs, base)
         _count(trainer, now)
         changed = assign_credit(pointwise(plan, now) - pointwise(plan, then), "to_go", plan.discount)
-        return loss_fn(log_probs, old_log_probs, advantages - beta * scale * changed, *args, **kwargs)
+        advantages = _updated(advantages, beta * scale * changed, now.mask, plan.normalized)
+        return loss_fn(log_probs, old_log_probs, advantages, *args, **kwargs)
 
     trainer.actor_loss_fn = up_to_date
     try:
         yield
     finally:
         trainer.actor_loss_fn = loss_fn
+
+
+def _updated(advantages: Tensor, cost: Tensor, mask: Tensor, normalized: bool) -> Tensor:
+    """The advantages (B, T) less what the KL in them costs more now.
+
+    If OpenRLHF normalizes them they stay so: the variance that the change adds is divided out again, as it would be if
+    they were normalized now. Else a batch of equal rewards, whose tiny KL was scaled up to variance 1, would have its
+    KL scaled up as much once the policy has moved.
+    """
+    if not normalized:
+        return advantages - cost
+    added = torch.where(mask, cost, 0.0).square().sum() / mask.sum().clamp(min=1)
+    return (advantages - cost) / (1 + added).sqrt()
 
 
 def without_baseline(plan: Plan) -> Plan:

@@ -39,21 +39,22 @@ def launch(options: OpenRLHFOptions, flags: Sequence[str], *, dry_run: bool = Fa
     Raises `ConfigError`, `UnknownLossError` or `PatchError` before Ray starts if something doesn't fit. `dry_run`
     stops there in any case, after saying what would be done.
     """
-    global _options, _dry_run
-    _options, _dry_run = options, dry_run
-    previous = os.environ.get(RAY_HOOK)
-    if previous and previous != HOOK:
-        os.environ[CHAINED_HOOK] = previous
-    os.environ[RAY_HOOK] = HOOK
-    # Under `uv run` Ray would call its own hook instead of ours, which calls it in turn.
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    global _plan, _options, _dry_run
+    if os.environ.get(OPTIONS):
+        raise ConfigError(f"{OPTIONS} is set, and so are options of the launcher: keep one of the two")
+    _plan, _options, _dry_run = None, options, dry_run
+    _set_hook()
     import ray
 
+    if ray.is_initialized():
+        raise PatchError(
+            "Ray is running in this process already, so its hook would not be called: ray.shutdown() first"
+        )
     ray_init = ray.init
 
     def init(*args: Any, **kwargs: Any) -> Any:
         context = ray_init(*args, **kwargs)
-        if _plan is None:
+        if not _planned():
             raise PatchError(
                 f"ray.init did not call {RAY_HOOK} (a Ray client address, ray://, doesn't): no process would be "
                 "hooked; start it on the cluster, e.g. with `ray job submit -- kl-plugins openrlhf ...`"
@@ -73,17 +74,36 @@ def prepare(options: OpenRLHFOptions, args: Any) -> Plan:
     global _plan
     check(load_patches("openrlhf"), allow_untested=worker.allow_untested())
     _plan = plan_run(options, args)
-    os.environ[RAY_HOOK] = HOOK
+    _set_hook()
     return _plan
+
+
+def _planned() -> bool:
+    return _plan is not None
+
+
+def _set_hook() -> None:
+    previous = os.environ.get(RAY_HOOK)
+    if previous and previous != HOOK:
+        os.environ[CHAINED_HOOK] = previous
+    os.environ[RAY_HOOK] = HOOK
+    # Under `uv run` Ray would call its own hook instead of ours, which calls it in turn.
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 
 def runtime_env_hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
     """`RAY_RUNTIME_ENV_HOOK`: `ray.init` calls it with the runtime_env of the job, before it starts anything."""
     runtime_env = dict(_chained(runtime_env) or {})
-    if os.environ.get(worker.IN_WORKER):  # what a worker starts (vLLM's own ray.init) inherits our variables
+    args = _arguments_of_main()
+    if args is None and os.environ.get(worker.IN_WORKER):  # vLLM's own ray.init, which inherits our variables
         return runtime_env
-    if _plan is None:
-        prepare(_options or options_from_words(os.environ.get(OPTIONS, "")), _arguments_of_main())
+    if _plan is None or (args is not None and getattr(args, "kl_plugins", None) is not _plan):
+        if args is None:
+            raise PatchError(
+                f"{RAY_HOOK} names kl_plugins, but the main program ({_main()}) is not {MODULE}, whose arguments were "
+                "expected: call kl_plugins.openrlhf.driver.prepare(options, args) before train(args)"
+            )
+        prepare(_options or options_from_words(os.environ.get(OPTIONS, "")), args)
     assert _plan is not None
     print(describe(_plan), flush=True)
     if _dry_run:
@@ -117,16 +137,17 @@ def options_from_words(words: str) -> OpenRLHFOptions:
 
 
 def describe(plan: Plan) -> str:
-    """Two lines: what is computed, where, and whose gradient it is."""
+    """What is computed, where, whose gradient it is, and what was let through although it biases it."""
     spec = plan.spec
     where = "reward" if plan.in_reward else "loss"
     how = "OpenRLHF's own ratio and clip" if plan.in_reward else f"off_policy={spec.off_policy}"
     biased = " (allowed by kl_allow_biased)" if spec.gradient_of in ("zero", "biased") else ""
-    return (
-        f"[kl_plugins {plan.version}] {spec.name} in the {where}: credit={spec.credit}, {how}, "
-        f"baseline={spec.baseline}\n"
-        f"[kl_plugins {plan.version}] expected gradient: {spec.gradient_of}{biased}"
-    )
+    lines = [
+        f"{spec.name} in the {where}: credit={spec.credit}, {how}, baseline={spec.baseline}",
+        f"expected gradient: {spec.gradient_of}{biased}",
+        *(f"BIASED (allowed by kl_allow_biased): {problem}" for problem in plan.waived),
+    ]
+    return "\n".join(f"[kl_plugins {plan.version}] {line}" for line in lines)
 
 
 def _chained(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -139,13 +160,10 @@ def _chained(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _arguments_of_main() -> Any:
-    """The parsed arguments of `python -m openrlhf.cli.train_ppo_ray`, which its main module holds as `args`."""
-    main = sys.modules["__main__"]
-    args = getattr(main, "args", None)
-    if getattr(getattr(args, "algo", None), "kl", None) is None:
-        raise PatchError(
-            f"{RAY_HOOK} names kl_plugins, but the main program ({getattr(main, '__file__', '?')}) is not "
-            f"{MODULE}, whose arguments were expected: call kl_plugins.openrlhf.driver.prepare(options, args) before "
-            "train(args)"
-        )
-    return args
+    """The parsed arguments that OpenRLHF's main module holds as `args`; None in any other program."""
+    args = getattr(sys.modules["__main__"], "args", None)
+    return None if getattr(getattr(args, "algo", None), "kl", None) is None else args
+
+
+def _main() -> str:
+    return str(getattr(sys.modules["__main__"], "__file__", "an interactive session"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.actor import SCALE, Host, answering, pointwise, terms_of, without_baseline
@@ -59,7 +59,7 @@ def compute_advantages_and_returns(host: Host) -> Host:
             for experience, baseline in zip(experiences, baselines, strict=True):
                 experience.kl = baseline
             return experiences
-        scale = _normalization(maker, experiences)
+        scale = _normalization(maker, experiences) if plan.normalized else 1.0
         beta = float(maker.kl_ctl.value)
         for experience, baseline in zip(experiences, baselines, strict=True):
             experience.info[SCALE] = torch.full((len(experience.sequences),), scale)
@@ -92,7 +92,8 @@ def train_step(host: Host) -> Host:
     def step(trainer: Any, rollout_samples: list[Any], global_step: int) -> Any:
         result = host(trainer, rollout_samples, global_step)
         worker.report()
-        if not getattr(trainer, "kl_plugins_proven", False) and global_step > trainer.args.critic.freezing_steps:
+        trained = "policy_loss" in result[0]  # not while only the critic is, nor by a rollout too short for a step
+        if trained and not getattr(trainer, "kl_plugins_proven", False):
             actors = len(trainer.actor_model_group._actor_handlers)
             worker.require_proof(plan_of(trainer.args), actors=actors)
             trainer.kl_plugins_proven = True
@@ -105,31 +106,33 @@ def _baselines(plan: Plan, experiences: list[Any]) -> list[Tensor | None]:
     """(B, T) of each experience, from the log-probs at rollout of whole groups, which `index` puts back together."""
     if plan.spec.baseline is None:
         return [None] * len(experiences)
-    length = max(experience.action_mask.size(1) for experience in experiences)
+    baselines = [torch.zeros_like(experience.action_log_probs) for experience in experiences]
+    places = sorted((index, e, row) for e, x in enumerate(experiences) for row, index in enumerate(x.index))
+    for first in range(0, len(places), plan.group_size):  # a prompt at a time, for the memory
+        group = places[first : first + plan.group_size]
 
-    def whole(name: str) -> Tensor:
-        rows = [getattr(experience, name) for experience in experiences]
-        return torch.cat([pad(row, (0, length - row.size(1))) for row in rows])
+        def rows(name: str, group: list[tuple[int, int, int]] = group) -> Tensor:
+            return pad_sequence([getattr(experiences[e], name)[row] for _, e, row in group], batch_first=True)
 
-    order = torch.tensor([row for experience in experiences for row in experience.index]).argsort()
-    baseline = leave_one_out_baseline(
-        plan.spec,
-        logp=whole("action_log_probs")[order],
-        ref_logp=whole("base_action_log_probs")[order],
-        mask=whole("action_mask")[order],
-        group_size=plan.group_size,
-    )[order.argsort()]
-    parts = baseline.split([len(experience.sequences) for experience in experiences])
-    return [part[:, : e.action_mask.size(1)] for part, e in zip(parts, experiences, strict=True)]
+        found = leave_one_out_baseline(
+            plan.spec,
+            logp=rows("action_log_probs"),
+            ref_logp=rows("base_action_log_probs"),
+            mask=rows("action_mask"),
+            group_size=plan.group_size,
+        )
+        for baseline, (_, e, row) in zip(found, group, strict=True):
+            length = min(baselines[e].size(1), len(baseline))
+            baselines[e][row, :length] = baseline[:length].to(baselines[e].dtype)
+    return list(baselines)
 
 
 def _normalization(maker: Any, experiences: list[Any]) -> float:
     """What OpenRLHF multiplied the advantages with after it had centred them, read off its own result.
 
-    1 for the estimators that don't; where all advantages are equal, none of them has a gradient, and it is 0.
+    Where all advantages are equal none of them has a gradient, and it is 0. So it is where they are so nearly equal
+    that OpenRLHF's lower bound of the variance sets the factor, and not they themselves.
     """
-    if maker.advantage_estimator not in ("gae", "reinforce", "reinforce_baseline"):
-        return 1.0
     before, after, mask = [], [], []
     for e in experiences:
         values = e.action_mask * e.values if maker.advantage_estimator == "gae" else 0
@@ -139,5 +142,5 @@ def _normalization(maker: Any, experiences: list[Any]) -> float:
     counted = torch.cat(mask)
     raw, normalized = (torch.cat(x).double()[counted] for x in (before, after))
     centred = raw - raw.mean()
-    size = centred.norm()
-    return float(normalized.norm() / size) if size > 0 else 0.0
+    variance = float(normalized.square().mean())  # 1 but for a bound or, once, rounding
+    return float(normalized.norm() / centred.norm()) if variance > 0.99 else 0.0

@@ -18,12 +18,16 @@ PLACEMENTS = ("auto", "loss", "reward")
 GROUP_ESTIMATORS = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
 # Those that let the host discount: the others set gamma to 1 themselves.
 _DISCOUNTING = ("gae", "reinforce")
+# Those after which the host centres the advantages and divides them by their deviation.
+_NORMALIZING = ("gae", "reinforce", "reinforce_baseline")
 
 
 @dataclass
 class OpenRLHFOptions(KLOptions):
     """The options of `KLSpec`, and where the term goes. `--algo.kl.init_coef` stays the coefficient (beta)."""
 
+    kl: str | None = option(None, "KL configuration, e.g. k2_as_loss; `kl-plugins explain` lists them.")
+    kl_clip: str | None = option(None, "PPO's clip on a KL in the loss: separate, or none.")
     kl_placement: str = option(
         "auto",
         "loss, reward (through OpenRLHF's returns and critic), or auto: reward for in-reward configurations.",
@@ -46,8 +50,12 @@ class Plan:
     discount: float
     """What one position is discounted with between a reward and the advantage that it reaches (gamma, for GAE gamma *
     lambda)."""
+    normalized: bool
+    """Whether OpenRLHF divides the advantages, with a KL in the reward in them, by their standard deviation."""
     group_size: int
     """Completions per prompt."""
+    waived: tuple[str, ...]
+    """What is wrong with the run, but was let through by `kl_allow_biased`."""
     version: str
     """The version of kl_plugins that made it."""
 
@@ -72,16 +80,19 @@ def plan_run(options: OpenRLHFOptions, args: Any) -> Plan:
         spec = _spec(options, args, in_reward)
     except ConfigError as error:
         problems += error.args
-    refuse([*problems, *_flag_problems(options, args, in_reward)])
+    biased = _bias_problems(args, in_reward)
+    refuse([*problems, *_flag_problems(options, args, in_reward), *(() if options.kl_allow_biased else biased)])
     assert spec is not None
-    _warn(args, in_reward)
+    _warn(args)
     advantage = args.algo.advantage
     lambd = advantage.lambd if advantage.estimator == "gae" else 1.0
     plan = Plan(
         spec=spec,
         in_reward=in_reward,
         discount=_gamma(args) * lambd,
+        normalized=advantage.estimator in _NORMALIZING and not advantage.no_std_norm,
         group_size=args.rollout.n_samples_per_prompt,
+        waived=tuple(biased),
         version=kl_plugins.__version__,
     )
     args.algo.kl.use_loss = not in_reward
@@ -155,9 +166,9 @@ def _flag_problems(options: OpenRLHFOptions, args: Any, in_reward: bool) -> list
     kl, advantage, problems = args.algo.kl, args.algo.advantage, []
     if not 0 < kl.init_coef < math.inf:
         problems.append(f"--algo.kl.init_coef {kl.init_coef}: it is beta; with kl={options.kl} it must be positive")
-    if kl.unbiased_gradient:
+    if kl.unbiased_gradient and options.kl != "k2_as_loss":  # whose gradient that is
         problems.append("--algo.kl.unbiased_gradient is about OpenRLHF's own KL, which kl replaces: leave it out")
-    if kl.estimator != "k1":
+    if kl.estimator not in ("k1", str(options.kl)[:2]):  # its default, and what a launch script may have
         problems.append(f"--algo.kl.estimator {kl.estimator} names OpenRLHF's own KL, which kl replaces: leave it out")
     if kl.use_loss and in_reward:
         problems.append(f"--algo.kl.use_loss with {options.kl}, which goes into the reward: leave it out")
@@ -175,13 +186,17 @@ def _flag_problems(options: OpenRLHFOptions, args: Any, in_reward: bool) -> list
             "--actor.policy_loss_type gspo gives every token the mean advantage of its sequence, and with it the mean "
             "of the KL coefficients: use kl_placement='loss'"
         )
-    if not options.kl_allow_biased:
-        problems += _sampling_problems(args)
     return problems
 
 
-def _sampling_problems(args: Any) -> list[str]:
+def _bias_problems(args: Any, in_reward: bool) -> list[str]:
+    """Flags under which the gradient isn't the one that is named."""
     problems = []
+    if in_reward and args.actor.loss_agg_mode != "token-mean":
+        problems.append(
+            f"--actor.loss_agg_mode {args.actor.loss_agg_mode} divides each sequence's KL in the reward by its "
+            "length, which biases its gradient: use token-mean or kl_placement='loss', or kl_allow_biased"
+        )
     if args.rollout.top_p != 1:
         problems.append(
             f"--rollout.top_p {args.rollout.top_p} samples from another distribution than the one whose log-probs are "
@@ -195,13 +210,7 @@ def _sampling_problems(args: Any) -> list[str]:
     return problems
 
 
-def _warn(args: Any, in_reward: bool) -> None:
-    if in_reward and args.actor.loss_agg_mode != "token-mean":
-        warnings.warn(
-            f"--actor.loss_agg_mode {args.actor.loss_agg_mode} divides each sequence's KL in the reward by its "
-            "length, which biases its gradient: use token-mean, or kl_placement='loss'",
-            stacklevel=2,
-        )
+def _warn(args: Any) -> None:
     if args.algo.dynamic_filtering_enable:
         warnings.warn(
             "--algo.dynamic_filtering_enable drops prompts by their rewards: the KL is that of the prompts that "

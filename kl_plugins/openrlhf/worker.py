@@ -16,12 +16,11 @@ from typing import Any
 from kl_plugins.errors import PatchError
 from kl_plugins.openrlhf.plan import Plan
 from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching
+from kl_plugins.patching import ALLOW_UNTESTED, Patching
 
 SETUP_HOOK = "kl_plugins.openrlhf.worker.setup"
 # Set for workers (and what they start): a hook of the user that is run after ours, and the sign that this is a worker.
 CHAINED_SETUP_HOOK = "KL_PLUGINS_CHAINED_SETUP_HOOK"
-ALLOW_UNTESTED = "KL_PLUGINS_ALLOW_UNTESTED"
 IN_WORKER = "KL_PLUGINS_IN_WORKER"
 
 _ACTOR = "openrlhf.trainer.ray.ppo_actor"

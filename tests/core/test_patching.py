@@ -272,6 +272,41 @@ def test_undone_when_the_block_raises(host):
     assert snapshot.changed() == []
 
 
+class TestWhatIsOnlyReliedOn:
+    """Targets of role "check": as tested, or nothing is patched; and left as they are."""
+
+    def patches(self, host, *names):
+        text = as_toml([LOSS, *names])
+        at = text.index("[[target]]", text.index("[[target]]") + 1)
+        rest = text[at:].replace('role = "loss"', 'role = "check"').replace('wrapper = "stubwrap:hundred"\n', "")
+        (host.folder / "stubhost.toml").write_text(text[:at] + rest)
+        return load_patches("stubhost", host.folder)
+
+    def test_it_is_left_as_it_is_and_listed(self, host):
+        patches = self.patches(host, STEP)
+        own = vars(module().Trainer)["step"]
+        with Patching(patches) as patching:
+            assert vars(module().Trainer)["step"] is own
+            _, step = patching.bindings()
+        assert (step.role, step.bound, step.calls) == ("check", False, 0)
+        assert step.digest == digest_of(TRAINER, "Trainer.step")
+        assert [change.state for change in changes(patches)] == ["same", "same"]
+
+    @pytest.mark.parametrize("how", ["apply", "apply_on_import"])
+    def test_a_change_of_it_keeps_everything_from_being_patched(self, host, how):
+        host.edit("trainer", "def step(self, x)", "def step(self, x, y=0)")
+        patches, snapshot = self.patches(host, STEP), Snapshot()
+        with pytest.raises(PatchError, match=r"Trainer.step: its source has digest"):
+            getattr(Patching(patches), how)()
+        assert snapshot.changed() == []
+
+    def test_a_wrapper_for_it_is_refused(self, host):
+        text = as_toml([LOSS]).replace('role = "loss"', 'role = "check"')
+        (host.folder / "stubhost.toml").write_text(text)
+        with pytest.raises(PatchError, match="has an unknown 'wrapper'"):
+            load_patches("stubhost", host.folder)
+
+
 @pytest.mark.parametrize(
     ("wrapper", "message"),
     [
@@ -507,7 +542,8 @@ def test_every_problem_is_listed(host):
     lines = str(error.value).splitlines()
     assert lines[:3] == [
         "stubhost 1.1 can't be patched:",
-        f"- 1.1 was not tested, 1.0 was: {remedy} or, if no function changed, allow_untested",
+        f"- 1.1 was not tested, 1.0 was: {remedy} or, if no function changed, allow_untested "
+        "(KL_PLUGINS_ALLOW_UNTESTED=1)",
         f"- stubhost.trainer:loss: its source has digest {found[:12]}, tested was {known[:12]}: {remedy}",
     ]
     assert lines[3].startswith("- stubhost.trainer:Trainer.step: its source has digest")
@@ -831,7 +867,11 @@ def test_data_is_found_in_a_wheel_and_in_a_clone(where, tmp_path, monkeypatch):
         ('["1.0"]', '["1.1"]', "digests lacks '1.1'\n.*digests has an unknown '1.0'"),
         ("[[target]]", "[target]", "(?s)not TOML|at least one"),
         ("reason =", "reasons =", "loss' lacks 'reason'\n- target 'stubhost.trainer:loss' has an unknown 'reasons'"),
-        ('role = "loss"', 'role = "losses"', r"loss': role must match loss\|reward\|sampling\|log, not be 'losses'"),
+        (
+            'role = "loss"',
+            'role = "losses"',
+            r"loss': role must match loss\|reward\|sampling\|log\|check, not be 'losses'",
+        ),
         ('"stubhost.trainer:loss"', '"stubhost.trainer.loss"', "name must match"),
         ('"stubwrap:hundred"', "3", "wrapper must match .*, not be 3"),
         ('"(x, *, scale=2.0)"', '"x, scale"', "signature must match"),

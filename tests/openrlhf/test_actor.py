@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
 from tiny_openrlhf import FLAGS, experience, gradients, parse, step
 
 from kl_plugins import KLSpec, PatchError, kl_terms
+from kl_plugins.openrlhf.actor import ppo_train
 from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import Patching, check
 
@@ -60,6 +62,7 @@ IN_LOSS = [
     {"kl": "k3_as_loss", "kl_coefficient_bound": 0.5},
     {"kl": "k1_in_reward", "kl_placement": "loss", "kl_off_policy": "prefix", "kl_baseline": None},
     {"kl": "k1_as_loss", "kl_allow_biased": True},
+    {"kl": "k2_as_loss", "kl_baseline": "leave_one_out"},
 ]
 
 
@@ -71,6 +74,8 @@ def test_the_step_adds_the_term_under_openrlhfs_own_reduction(make_actor, planne
     batch, logp = made_up(args, trainer)
     if engine:
         batch.rollout_log_probs = logp + 0.4 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(9))
+    if args.kl_plugins.spec.baseline is not None:  # as `compute_advantages_and_returns` leaves it
+        batch.kl = torch.randn(logp.shape, generator=torch.Generator().manual_seed(8)) * batch.action_mask
     without = step(trainer, batch, beta=0.0)[1]
     found = step(trainer, batch)[1] - without
     wanted = expected_kl_gradient(trainer, batch, args.kl_plugins.spec)
@@ -125,25 +130,67 @@ def test_dead_zone_the_hooked_gradient_is_right_where_the_hosts_is_zero(make_act
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 
-def test_each_rank_logs_means_over_tokens_whatever_the_batches(make_actor, planned, hooked):
-    """A constant KL of 7 is logged as 7, with lengths from 1 to 6, micro-batches of 4 and one of dynamic size."""
-    for flags in ((), ("--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "40")):
-        args = planned("--train.batch_size", str(ROWS), *flags, kl="k2_as_loss", kl_off_policy="none")
-        trainer = make_actor(args)
+def train(trainer, args, batch):
+    """A real `ppo_train` on the rows of `batch`."""
+    batch.total_length = batch.attention_mask.sum(-1)
+    args.rollout.batch_size = ROWS // 4
+    trainer.replay_buffer.clear()
+    trainer.replay_buffer.packing_samples = False
+    trainer.replay_buffer.append(batch)
+    return trainer.ppo_train(0.1)
+
+
+@pytest.mark.parametrize("flags", [(), ("--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "40")], ids=str)
+def test_what_is_logged_are_means_over_tokens_whatever_the_batches(make_actor, planned, hooked, flags):
+    """A constant KL of 7 is logged as 7, with lengths from 1 to 6, in micro-batches of 4 rows or of dynamic size."""
+    args = planned("--train.batch_size", str(ROWS), *flags, kl="k2_as_loss", kl_off_policy="none")
+    trainer = make_actor(args)
+    for constant in (7.0, 3.0):  # the second time nothing of the first is left
         batch, logp = made_up(args, trainer)
-        mask = batch.action_mask
-        batch.base_action_log_probs = (logp - 7.0) * mask
-        batch.total_length = batch.attention_mask.sum(-1)
-        args.rollout.batch_size = ROWS // 4
-        trainer.replay_buffer.packing_samples = False
-        trainer.replay_buffer.append(batch)
-        status = trainer.ppo_train(0.1)
-        assert status["kl/k1"] == pytest.approx(7, rel=1e-5)
-        assert status["kl/k2"] == pytest.approx(24.5, rel=1e-5)
-        assert status["kl/loss"] == pytest.approx(2.45, rel=1e-5)
+        batch.base_action_log_probs = (logp - constant) * batch.action_mask
+        status = train(trainer, args, batch)
+        assert status["kl/k1"] == pytest.approx(constant, rel=1e-5)
+        assert status["kl/k2"] == pytest.approx(constant**2 / 2, rel=1e-5)
+        assert status["kl/loss"] == pytest.approx(0.1 * constant**2 / 2, rel=1e-5)
         assert status["kl/beta"] == pytest.approx(0.1)
-        assert status["kl/ess"] == pytest.approx(1)
-        assert {"kl/weight_max", "kl/clipped", "kl/k3", "kl/unscored", "kl/dropped"} <= status.keys()
+        assert (status["kl/ess"], status["kl/weight_max"]) == (pytest.approx(1), 1)
+        assert {"kl/clipped", "kl/k3", "kl/unscored", "kl/dropped"} <= status.keys()
+
+
+def test_the_largest_weight_is_that_of_all_micro_batches(make_actor, planned, hooked):
+    args = planned("--train.batch_size", str(ROWS), kl="k2_as_loss", kl_weight_clip=[0.0, 50.0])
+    trainer = make_actor(args)
+    batch, logp = made_up(args, trainer)
+    batch.action_log_probs = logp.clone()
+    row, column = batch.action_mask.nonzero()[0].tolist()
+    batch.action_log_probs[row, column] -= 3.0
+    status = train(trainer, args, batch)
+    assert status["kl/weight_max"] == pytest.approx(math.exp(3), rel=1e-4)
+    assert 0 < status["kl/ess"] < 1
+
+
+@pytest.mark.parametrize(("copies", "dropped"), [(1, 2), (2, 1)])
+def test_numbers_are_summed_over_ranks_but_not_over_copies_of_the_same_rows(
+    make_actor, planned, hooked, copies, dropped
+):
+    args = planned("--train.batch_size", str(ROWS), kl="k2_as_loss", kl_nonfinite="drop")
+    args.ds.tensor_parallel_size = copies  # then both ranks hold the same rows
+    trainer = make_actor(args)
+    two_ranks = {"sum": lambda x: 2 * x, "max": lambda x: x, "mean": lambda x: x}
+    trainer.strategy.all_reduce = lambda data, op="mean": two_ranks[op](data)
+    batch, _ = made_up(args, trainer)
+    batch.base_action_log_probs[tuple(batch.action_mask.nonzero()[0].tolist())] = float("nan")
+    status = train(trainer, args, batch)
+    assert status["kl/dropped"] == dropped
+    assert status["kl/ess"] < 1
+
+
+def test_a_rank_without_a_step_takes_part_in_the_reductions(make_actor, planned):
+    trainer = make_actor(planned(kl="k2_as_loss"))
+    asked = []
+    trainer.strategy.all_reduce = lambda data, op="mean": asked.append(op) or data
+    assert ppo_train(lambda trainer, kl_ctl: {"actor_lr": 1.0})(trainer, 0.1) == {"actor_lr": 1.0}
+    assert asked == ["sum", "max"]
 
 
 def test_an_unplanned_step_or_one_that_never_asks_for_a_kl_is_refused(make_actor, planned, hooked):
@@ -193,14 +240,15 @@ def test_after_a_hooked_step_everything_is_the_hosts_again(make_actor, planned):
     trainer = make_actor(args)
     batch, _ = made_up(args, trainer)
     patches = load_patches("openrlhf")
-    before = [bound(target) for target in patches.targets]
+    replaced = [target for target in patches.targets if target.wrapper]
+    before = [bound(target) for target in replaced]
     loss_fn, attributes = trainer.actor_loss_fn, set(vars(trainer))
     with Patching(patches) as patching:
-        assert not any(bound(target) is own for target, own in zip(patches.targets, before, strict=True))
+        assert not any(bound(target) is own for target, own in zip(replaced, before, strict=True))
         step(trainer, batch)
         calls = {binding.target.partition(":")[2]: binding.calls for binding in patching.bindings()}
     assert calls["ActorPPOTrainer.training_step"] == 1
-    assert all(bound(target) is own for target, own in zip(patches.targets, before, strict=True))
+    assert all(bound(target) is own for target, own in zip(replaced, before, strict=True))
     assert trainer.actor_loss_fn is loss_fn
     assert set(vars(trainer)) - attributes <= {"kl_plugins_sums"}
     check(patches)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import kl_plugins
 from kl_plugins import ConfigError, PatchError, UnknownLossError, cli
-from kl_plugins.openrlhf import driver, worker
+from kl_plugins.openrlhf import driver, experience, worker
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_of, plan_run
 
 GRPO = ("--algo.advantage.estimator", "group_norm")
@@ -77,12 +77,13 @@ def test_the_discount_is_the_hosts(planned):
         ),
         ((*GRPO, "--algo.kl.init_coef", "0"), {"kl": "k2_as_loss"}, "it is beta"),
         ((*GRPO, "--algo.kl.estimator", "k3"), {"kl": "k2_as_loss"}, "--algo.kl.estimator k3"),
-        ((*GRPO, "--algo.kl.unbiased_gradient"), {"kl": "k2_as_loss"}, "--algo.kl.unbiased_gradient"),
         ((*REINFORCE, "--algo.kl.use_loss"), {"kl": "k1_in_reward"}, "--algo.kl.use_loss"),
         ((*GRPO, "--algo.kl.target", "6"), {"kl": "k2_as_loss"}, "--algo.kl.target"),
         ((*GRPO, "--rollout.top_p", "0.9"), {"kl": "k2_as_loss"}, "--rollout.top_p 0.9"),
         ((*GRPO, "--train.async_enable"), {"kl": "k2_as_loss"}, "is_correction_level token"),
         ((*GRPO, "--actor.policy_loss_type", "gspo"), {"kl": "k1_in_reward"}, "gspo"),
+        ((*REINFORCE, "--actor.loss_agg_mode", "seq-mean-token-mean"), {"kl": "k1_in_reward"}, "by its length"),
+        ((*GRPO, "--algo.kl.use_loss", "--algo.kl.unbiased_gradient"), {"kl": "k3_as_loss"}, "unbiased_gradient"),
     ],
 )
 def test_what_is_refused(flags, options, message):
@@ -96,6 +97,11 @@ def test_what_is_refused(flags, options, message):
     ("flags", "options"),
     [
         ((*GRPO, "--algo.kl.use_loss"), {"kl": "k2_as_loss"}),
+        (
+            (*GRPO, "--algo.kl.use_loss", "--algo.kl.estimator", "k2", "--algo.kl.unbiased_gradient"),
+            {"kl": "k2_as_loss"},
+        ),
+        ((*GRPO, "--algo.kl.use_loss", "--algo.kl.estimator", "k3"), {"kl": "k3_as_loss"}),
         ((*REINFORCE, "--algo.kl.target", "6"), {"kl": "k1_in_reward"}),
         ((*GRPO, "--rollout.top_p", "0.9"), {"kl": "k2_as_loss", "kl_allow_biased": True}),
         ((*GRPO, "--train.async_enable", "--algo.advantage.is_correction_level", "token"), {"kl": "k2_as_loss"}),
@@ -115,9 +121,7 @@ def test_all_problems_at_once_and_an_unknown_name():
         plan_run(OpenRLHFOptions(kl="k2_as_los"), args)
 
 
-def test_length_and_filter_are_warned_about(planned):
-    with pytest.warns(UserWarning, match="by its length"):
-        planned(*REINFORCE, "--actor.loss_agg_mode", "seq-mean-token-mean", kl="k1_in_reward")
+def test_a_filter_is_warned_about(planned):
     with pytest.warns(UserWarning, match="the prompts that remain"):
         planned(*GRPO, "--algo.dynamic_filtering_enable", kl="k2_as_loss")
 
@@ -151,6 +155,24 @@ class TestByEnvironment:
         assert envs[0]["worker_process_setup_hook"] == worker.SETUP_HOOK
         assert envs[0]["env_vars"]["NCCL_DEBUG"] == "WARN"  # OpenRLHF's own
         assert "k2_as_loss in the loss" in capsys.readouterr().out
+
+    def test_what_was_waived_is_said(self, hook, monkeypatch, capsys):
+        monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss --kl-allow-biased")
+        flags = ("--rollout.top_p", "0.9", "--train.async_enable")
+        parse(*FLAGS, *GRPO, *flags, at_ray_init=lambda options: hook(options["runtime_env"]))
+        said = capsys.readouterr().out
+        assert "BIASED (allowed by kl_allow_biased): --rollout.top_p 0.9" in said
+        assert "BIASED (allowed by kl_allow_biased): --train.async_enable" in said
+
+    def test_a_second_run_in_one_process_gets_its_own_plan(self, hook, monkeypatch):
+        monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss")
+        runs = [parse(*FLAGS, *GRPO, at_ray_init=lambda options: hook(options["runtime_env"])) for _ in range(2)]
+        assert runs[0].kl_plugins is not runs[1].kl_plugins
+
+    def test_a_training_that_a_hooked_job_starts_is_hooked_too(self, hook, monkeypatch):
+        monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss")
+        monkeypatch.setenv(worker.IN_WORKER, "1")
+        assert parse(*FLAGS, *GRPO, at_ray_init=lambda options: hook(options["runtime_env"])).kl_plugins
 
     def test_the_users_own_hooks_are_chained(self, hook, monkeypatch):
         theirs = SimpleNamespace(hook=lambda env: env | {"worker_process_setup_hook": "their.setup", "pip": ["x"]})
@@ -201,9 +223,14 @@ class TestByEnvironment:
         with pytest.raises(PatchError, match="prepare"):
             hook(None)
         args = parse(*FLAGS, *GRPO)
-        monkeypatch.setenv(driver.RAY_HOOK, "")  # restored afterwards
+        for name in (driver.CHAINED_HOOK, "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
+            monkeypatch.setenv(name, "")  # taken back afterwards
+        theirs = SimpleNamespace(hook=lambda env: {"pip": ["x"]})
+        monkeypatch.setitem(sys.modules, "their_hooks", theirs)
+        monkeypatch.setenv(driver.RAY_HOOK, "their_hooks.hook")
         driver.prepare(OpenRLHFOptions(kl="k2_as_loss"), args)
         assert hook(None)["worker_process_setup_hook"] == worker.SETUP_HOOK
+        assert hook(None)["pip"] == ["x"]
         assert os.environ[driver.RAY_HOOK] == driver.HOOK
 
     def test_another_version_of_the_host_is_refused_before_ray_starts(self, hook, monkeypatch):
@@ -255,6 +282,7 @@ class TestLauncher:
             (("--kl", "k1_as_loss", "--", *FLAGS, *GRPO), "expected gradient is zero"),
             (("--kl", "k2_as_los", "--", *FLAGS, *GRPO), "k2_as_loss"),
             (("--kl", "k2_as_loss", "--", *FLAGS, *GRPO, "--algo.kl.estimator", "k3"), "leave it out"),
+            (("--kl", "k2_as_loss", *FLAGS), "-- OPENRLHF_FLAGS"),
             (("--kl", "k2_as_loss", "--kl-off-polcy", "token", "--"), "No such option"),
         ],
     )
@@ -263,6 +291,18 @@ class TestLauncher:
         assert result.exit_code == 2
         assert message in result.output
         assert not started
+
+    def test_a_ray_that_runs_already_is_refused(self, launch, monkeypatch):
+        monkeypatch.setattr("ray.is_initialized", lambda: True)
+        result, started = launch("--kl", "k2_as_loss", "--", *FLAGS, *GRPO)
+        assert (result.exit_code, started) == (2, [])
+        assert "running in this process already" in result.output
+
+    def test_options_in_both_places_are_refused(self, launch, monkeypatch):
+        monkeypatch.setenv(driver.OPTIONS, "--kl k3_as_loss")
+        result, started = launch("--kl", "k2_as_loss", "--", *FLAGS, *GRPO)
+        assert (result.exit_code, started) == (2, [])
+        assert "keep one of the two" in result.output
 
     def test_a_ray_that_never_calls_the_hook_is_refused(self, launch, monkeypatch):
         monkeypatch.setattr("ray.init", lambda **_: None)  # as for ray:// addresses
@@ -274,7 +314,7 @@ class TestLauncher:
 class TestProof:
     """What the processes report after the first step."""
 
-    def reports(self, *targets):
+    def reports(self, *targets, bound=True):
         return [
             {
                 "process": "openrlhf.trainer.ray.ppo_actor.PolicyModelActor",
@@ -288,7 +328,7 @@ class TestProof:
                         "version": "0.11.2",
                         "digest": "ab" * 32,
                         "calls": calls,
-                        "bound": True,
+                        "bound": bound,
                         "pid": pid,
                     }
                 ],
@@ -316,6 +356,23 @@ class TestProof:
     def test_every_process_that_should_have_must_have_called_ours(self, planned, kl, targets, missing):
         plan = planned(*REINFORCE, kl=kl).kl_plugins
         assert len(worker.missing_proof(self.reports(*targets), plan, actors=2)) == missing
+
+    def test_what_is_no_longer_bound_does_not_count(self, planned):
+        plan = planned(*GRPO, kl="k2_as_loss").kl_plugins
+        targets = ((self.STEP, 1), (self.LOSS, 1), (self.SAMPLE, 1))
+        assert not worker.missing_proof(self.reports(*targets), plan, actors=1)
+        assert len(worker.missing_proof(self.reports(*targets, bound=False), plan, actors=1)) == 3
+
+    @pytest.mark.parametrize(("status", "asked"), [({"policy_loss": 1.0}, 1), ({}, 0), ({"critic_loss": 1.0}, 0)])
+    def test_it_is_asked_for_once_and_only_after_the_policy_was_trained(self, planned, monkeypatch, status, asked):
+        proofs = []
+        monkeypatch.setattr(worker, "require_proof", lambda plan, actors: proofs.append(actors))
+        trainer = SimpleNamespace(
+            args=planned(*GRPO, kl="k2_as_loss"), actor_model_group=SimpleNamespace(_actor_handlers=[1, 2, 3])
+        )
+        step = experience.train_step(lambda trainer, samples, global_step: (status, global_step + 1))
+        assert step(trainer, [], 0) == step(trainer, [], 0) == (status, 1)
+        assert proofs == [3] * asked
 
     def test_the_table_names_process_target_host_digest_and_calls(self):
         table = worker.proof_table(self.reports((self.STEP, 7)))

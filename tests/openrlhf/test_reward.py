@@ -34,7 +34,7 @@ def rollout(*, rows=8, length=5, spread=1.0, seed=0, rewards=True):
     return sequences, mask, reward, logp, ref_logp, values
 
 
-def make(args, batch, *, micro=(4, 4), order=None):
+def make(args, batch, *, micro=(4, 4), order=None, kl_coef=BETA):
     """Experiences of `batch`, split into micro-batches of the given sizes, rows in the given order."""
     sequences, mask, reward, logp, ref_logp, values = batch
     order = torch.arange(len(sequences)) if order is None else torch.tensor(order)
@@ -50,7 +50,7 @@ def make(args, batch, *, micro=(4, 4), order=None):
         "ref_logp": [ref_logp[rows] for rows in parts],
         "values": [values[rows] for rows in parts] if args.algo.advantage.estimator == "gae" else None,
     }
-    with experience_maker(args, **scored, kl_coef=BETA) as maker:
+    with experience_maker(args, **scored, kl_coef=kl_coef) as maker:
         return maker.compute_advantages_and_returns(maker.make_experience(samples))
 
 
@@ -86,16 +86,20 @@ def test_beyond_the_hosts_clamp_the_cost_goes_on_and_masked_tokens_cost_nothing(
 @pytest.mark.parametrize("estimator", ["rloo", "group_norm", "dr_grpo", "reinforce_baseline"])
 @pytest.mark.parametrize("micro", [(8,), (4, 4), (3, 5)], ids=str)
 def test_group_estimators_get_a_leave_one_out_baseline_from_whole_groups(planned, hooked, estimator, micro):
-    flags = ("--algo.advantage.estimator", estimator, "--algo.advantage.no_std_norm")
-    batch = rollout(rewards=False)
+    flags = ("--algo.advantage.estimator", estimator)
+    batch = rollout()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3)).tolist()
-    found = make(planned(*flags, kl="k1_in_reward"), batch, micro=micro, order=order)
-    plain = make(planned(*flags, kl="k1_in_reward", kl_baseline="none"), batch, micro=micro, order=order)
+    now = 0.3  # what a controller has made of --algo.kl.init_coef
+    found = make(planned(*flags, kl="k1_in_reward"), batch, micro=micro, order=order, kl_coef=now)
+    without = planned(*flags, kl="k1_in_reward", kl_baseline="none")
+    plain = make(without, batch, micro=micro, order=order, kl_coef=now)
+    scale = plain[0].info[actor.SCALE][0].item()
+    assert (scale == 1) is (estimator != "reinforce_baseline")
     _, mask, _, logp, ref_logp, _ = batch
     spec = planned(*flags, kl="k1_in_reward").kl_plugins.spec
     wanted = leave_one_out_baseline(spec, logp=logp, ref_logp=ref_logp, mask=mask, group_size=GROUP) * mask
     assert wanted.abs().max() > 0.1
-    torch.testing.assert_close(joined(found, "advantages"), joined(plain, "advantages") + BETA * wanted)
+    torch.testing.assert_close(joined(found, "advantages"), joined(plain, "advantages") + now * scale * wanted)
 
 
 def test_a_baseline_for_a_term_in_the_loss_travels_to_the_actor(planned, hooked):
@@ -135,16 +139,70 @@ def test_later_updates_see_the_log_ratios_of_the_policy_they_update(make_actor, 
     made.info[actor.SCALE] = list(made.info[actor.SCALE])  # as the replay buffer hands it on
     step(trainer, made, beta=BETA)
     [(now, advantages)] = received
-    fresh = make(args, (sequences, mask, reward, now, ref_logp, values), micro=(8,))[0]
-    # Apart from a batch statistic, which stays the one of the rollout: compare differences within the batch.
-    scale = float(made.info[actor.SCALE][0]) / float(fresh.info[actor.SCALE][0])
+    (fresh,) = make(args, (sequences, mask, reward, now, ref_logp, values), micro=(8,))
     counted = mask.bool()
-    found, wanted = advantages[counted], scale * fresh.advantages[counted]
-    if "group_norm" not in flags:
-        found, wanted = found - found.mean(), wanted - wanted.mean()
+    found, wanted, stale = (each[counted] for each in (advantages, fresh.advantages, made.advantages))
+    if "group_norm" not in flags:  # up to OpenRLHF's own centring and scaling
+        found, wanted, stale = ((each - each.mean()) / each.std() for each in (found, wanted, stale))
+        assert 0.5 < advantages[counted].std() < 2
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    stale = made.advantages[counted]
-    assert (found - (stale - stale.mean() if "group_norm" not in flags else stale)).norm() > 0.1 * found.norm()
+    assert (found - stale).norm() > 0.1 * found.norm()
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("flags", [(), ("--algo.advantage.no_std_norm",)], ids=["normalized", "not"])
+def test_equal_rewards_and_a_tiny_kl_are_not_blown_up_by_the_normalization(make_actor, planned, hooked, noise, flags):
+    """OpenRLHF divides by a deviation of 1e-4 at least: what it does to a tiny KL must not be done to later ones."""
+    args = planned("--algo.advantage.estimator", "reinforce", *flags, kl="k1_in_reward")
+    sequences, mask, reward, logp, _, values = rollout(rewards=False)
+    generator = torch.Generator().manual_seed(5)
+    ref_logp = logp + noise * torch.randn(logp.shape, generator=generator)
+    (made,) = make(args, (sequences, mask, reward, logp, ref_logp, values), micro=(8,))
+    made.info[actor.SCALE] = list(made.info[actor.SCALE])
+    trainer = make_actor(args)
+    received = []
+
+    def loss_fn(now, old_logp, advantages, **_):
+        received.append(advantages)
+        return now.sum(), *4 * [torch.zeros(())]
+
+    trainer.actor_loss_fn = loss_fn
+    step(trainer, made, beta=BETA)  # whose policy is far from the one at rollout
+    assert received[0].isfinite().all()
+    bound = 10 if not flags else BETA * 60
+    assert received[0].abs().max() < bound
+    if flags:  # nothing is normalized, and nothing lost
+        assert received[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "reinforce_baseline"])
+def test_an_unmoved_policy_keeps_its_advantages_also_with_a_baseline(make_actor, planned, hooked, estimator):
+    args = planned("--algo.advantage.estimator", estimator, kl="k1_in_reward")
+    trainer = make_actor(args)
+    sequences, mask, reward, _, ref_logp, values = rollout()
+    with torch.no_grad():
+        logp = trainer.actor(sequences, mask, attention_mask=torch.ones_like(sequences))
+    (made,) = make(args, (sequences, mask, reward, logp, ref_logp, values), micro=(8,))
+    made.info[actor.SCALE] = list(made.info[actor.SCALE])
+    received = []
+
+    def loss_fn(now, old_logp, advantages, **_):
+        received.append(advantages)
+        return now.sum(), *4 * [torch.zeros(())]
+
+    trainer.actor_loss_fn = loss_fn
+    step(trainer, made, beta=BETA)
+    torch.testing.assert_close(received[0] * mask, made.advantages * mask, rtol=1e-4, atol=1e-5)
+    assert trainer.actor_loss_fn is loss_fn
+
+
+def test_an_exponential_cost_is_bounded(planned, hooked):
+    options = {"kl": "k3_in_reward", "kl_allow_biased": True, "kl_coefficient_bound": 100.0}
+    args = planned("--algo.advantage.estimator", "reinforce", "--algo.advantage.no_std_norm", **options)
+    sequences, mask, reward, logp, _, values = rollout()
+    found = make(args, (sequences, mask, reward, logp, logp + 50, values))
+    returned = torch.cat([e.info["return"] for e in found])
+    torch.testing.assert_close(returned, reward - BETA * 100.0 * mask.sum(-1))
 
 
 V, EOS = 16, 1
