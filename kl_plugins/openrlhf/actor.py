@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.advantages import up_to_date
 from kl_plugins.errors import PatchError
 from kl_plugins.metrics import OWN_WEIGHTS, SUMS, kl_metrics, kl_sums
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.plan import Plan, plan_of
-from kl_plugins.terms import KLTerms, assign_credit, kl_terms, require_policy_scores
+from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
 
 Host = Callable[..., Any]
 
@@ -116,54 +117,37 @@ def terms_of(plan: Plan, experience: Any, log_probs: Tensor, log_probs_base: Ten
 
 @contextmanager
 def _advantages_of_now(trainer: Any, plan: Plan, experience: Any, beta: float) -> Iterator[None]:
-    """Bring the KL in the advantages up to date with the policy that is being updated.
-
-    OpenRLHF's advantages hold the coefficients of the policy at rollout. Reused for a later update they would give
-    grad KL(policy || reference) - grad KL(policy || policy at rollout); the advantages are linear in the rewards, so
-    what has changed since is subtracted.
-    """
+    """Bring the KL in the advantages up to date with the policy that is being updated; see `up_to_date`."""
     loss_fn = trainer.actor_loss_fn
     scale = _advantage_scale(experience)
     plan = without_baseline(plan)  # which is in the advantages already
 
-    def up_to_date(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def loss_of_now(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *args: Any, **kwargs: Any) -> Any:
         base = experience.base_action_log_probs
         now = terms_of(plan, experience, log_probs, base)
         then = terms_of(plan, experience, old_log_probs, base)
         _count(trainer, now)
-        changed = assign_credit(pointwise(plan, now) - pointwise(plan, then), "to_go", plan.discount)
-        advantages = _updated(advantages, beta * scale * changed, now.mask, plan.normalized)
+        advantages = up_to_date(
+            advantages,
+            spec=plan.spec,
+            now=now,
+            then=then,
+            discount=plan.discount,
+            scale=beta * scale,
+            normalized=plan.normalized,
+        )
         return loss_fn(log_probs, old_log_probs, advantages, *args, **kwargs)
 
-    trainer.actor_loss_fn = up_to_date
+    trainer.actor_loss_fn = loss_of_now
     try:
         yield
     finally:
         trainer.actor_loss_fn = loss_fn
 
 
-def _updated(advantages: Tensor, cost: Tensor, mask: Tensor, normalized: bool) -> Tensor:
-    """The advantages (B, T) less what the KL in them costs more now.
-
-    If OpenRLHF normalizes them they stay so: the variance that the change adds is divided out again, as it would be if
-    they were normalized now. Else a batch of equal rewards, whose tiny KL was scaled up to variance 1, would have its
-    KL scaled up as much once the policy has moved.
-    """
-    if not normalized:
-        return advantages - cost
-    added = torch.where(mask, cost, 0.0).square().sum() / mask.sum().clamp(min=1)
-    return (advantages - cost) / (1 + added).sqrt()
-
-
 def without_baseline(plan: Plan) -> Plan:
     """The plan of what a baseline is subtracted from elsewhere."""
     return replace(plan, spec=replace(plan.spec, baseline=None))
-
-
-def pointwise(plan: Plan, terms: KLTerms) -> Tensor:
-    """(B, T) coefficients before credit is assigned: what each token costs as a reward. 0 where masked."""
-    bound = plan.spec.coefficient_bound or torch.finfo(terms.log_ratio.dtype).max
-    return torch.where(terms.mask, plan.spec.loss.coefficient(terms.log_ratio).clamp(-bound, bound), 0.0)
 
 
 SCALE = "kl/advantage_scale"

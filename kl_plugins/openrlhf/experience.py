@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kl_plugins.advantages import token_cost
 from kl_plugins.openrlhf import worker
-from kl_plugins.openrlhf.actor import SCALE, Host, answering, pointwise, terms_of, without_baseline
+from kl_plugins.openrlhf.actor import SCALE, Host, answering, terms_of, without_baseline
 from kl_plugins.openrlhf.plan import Plan, plan_of
 from kl_plugins.terms import leave_one_out_baseline
 
@@ -32,7 +33,7 @@ def make_experience(host: Host) -> Host:
             samples = samples_list[len(references)]
             references.append(log_probs_base)
             samples.action_log_probs = log_probs  # the behavior policy, where vLLM did not report
-            return pointwise(plan, terms_of(without_baseline(plan), samples, log_probs, log_probs_base))
+            return token_cost(plan.spec, terms_of(without_baseline(plan), samples, log_probs, log_probs_base))
 
         with answering(cost, expected=len(samples_list) if plan.in_reward else 0):
             experiences: list[Any] = host(maker, samples_list)

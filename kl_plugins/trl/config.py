@@ -31,7 +31,7 @@ class KLFields(KLOptions):
         if self.kl is None:
             refuse(self._options_without_kl())
             return
-        require_tested("trl")
+        require_tested("trl", vllm=bool(self.use_vllm))
         refuse([*self._spec_problems(), *self._contradictions()])
         self.beta = unclaimed_beta(self.beta)
 

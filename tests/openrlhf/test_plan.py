@@ -136,8 +136,10 @@ def test_nodes_with_another_version_are_refused(planned, monkeypatch):
 @pytest.fixture
 def hook(monkeypatch):
     """The hook in a driver that starts from nothing."""
-    for name in (driver.RAY_HOOK, driver.OPTIONS, driver.CHAINED_HOOK, worker.IN_WORKER, worker.ALLOW_UNTESTED):
-        monkeypatch.delenv(name, raising=False)
+    names = (driver.RAY_HOOK, driver.OPTIONS, driver.CHAINED_HOOK, worker.IN_WORKER, worker.ALLOW_UNTESTED)
+    for name in (*names, "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
+        monkeypatch.setenv(name, "")  # so that what a test leaves is taken back
+        monkeypatch.delenv(name)
     monkeypatch.setattr(driver, "_plan", None)
     monkeypatch.setattr(driver, "_options", None)
     return driver.runtime_env_hook

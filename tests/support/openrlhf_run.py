@@ -66,7 +66,8 @@ def environment(folder: Path, model: str, **more: str) -> dict[str, str]:
     prompts = [{"input": f"{a}+{b}=", "label": str(a + b)} for a in range(4, 9) for b in range(4, 9)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)) + "\n")
     (folder / "reward.py").write_text(REWARD)
-    return os.environ | {
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KL_PLUGINS", "RAY_"))}
+    return inherited | {
         "MODEL": model,
         "PROMPTS": str(folder / "prompts.jsonl"),
         "REWARD": str(folder / "reward.py"),

@@ -62,7 +62,7 @@ def test_twenty_off_policy_steps_end_at_trls_parameters(make_trainer):
     ours.train()
     moved = (parameters(stock) - start).abs().max()
     assert moved > 5e-3
-    assert (parameters(ours) - parameters(stock)).abs().max() < 1e-5 * moved
+    assert (parameters(ours) - parameters(stock)).abs().max() < 1e-4 * moved
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,327 @@
+"""`PPOConfig` and `PPOTrainer` for the TRL releases that have a `PPOTrainer` (`trl.experimental.ppo`, until 1.12).
+
+TRL's PPO is one method, `train`, with the KL in its middle. It is compiled anew with four of its statements changed
+(`EDITS`), for the subclass below only; `patches/trl.toml` says which versions of it were tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from kl_plugins.advantages import token_cost, up_to_date
+from kl_plugins.errors import ConfigError, PatchError, refuse
+from kl_plugins.hosts import installed_version
+from kl_plugins.metrics import OWN_WEIGHTS, kl_metrics, kl_sums
+from kl_plugins.options import KLOptions
+from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import check
+from kl_plugins.registry import get_loss
+from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
+from kl_plugins.trl.sampling import model_generation_problems
+from kl_plugins.trl.syntax import HOST, Edit, edited
+
+_PATCHES = load_patches("trl")
+try:
+    from trl.experimental import ppo as host
+except ImportError as error:
+    newest = _PATCHES.tested[-1]
+    raise PatchError(
+        f"kl_plugins.trl.ppo was imported, but trl {installed_version('trl') or '(not installed)'} has no "
+        f"PPOTrainer that can be imported ({error}): TRL dropped it after {newest}; install trl=={newest}"
+    ) from error
+
+logger = logging.get_logger(__name__)
+
+PLACEMENTS = ("auto", "loss", "reward")
+
+_MASK = "~padding_mask"
+_MICRO = "mb_logprobs, ref_logprobs[micro_batch_inds], ~padding_mask[micro_batch_inds]"
+EDITS = (
+    # The KL in the reward.
+    Edit(
+        name="non_score_reward",
+        digest="9b3585d14088893d",
+        value=f"self._kl_reward(logprobs, ref_logprobs, {_MASK})",
+    ),
+    # Whitening scales it with the advantages.
+    Edit(name="advantages", digest="6d9e9be2e0cce426", value=f"self._kl_whitened(advantages, {HOST}, {_MASK})"),
+    # Each update has a policy of its own.
+    Edit(
+        name="pg_losses",
+        digest="b3b07f177293290c",
+        before=f"mb_advantage = self._kl_advantages(mb_advantage, new_logprobs, {_MICRO})",
+    ),
+    # The KL in the loss, by the mean over tokens that the policy's own loss is reduced with.
+    Edit(
+        name="loss",
+        digest="cbf9b759cae3cd96",
+        value=f"{HOST} + masked_mean(self._kl_term(new_logprobs, {_MICRO}), ~padding_mask[micro_batch_inds])",
+    ),
+    # Not changed, but what the above stands on.
+    Edit(name="padding_mask", digest="f92be7f50d8ddff1"),
+    Edit(name="logprobs", digest="a8271a02007e8dd5"),
+    Edit(name="ref_logprobs", digest="e932cdd29045e1fa"),
+    Edit(name="rewards", digest="dfb8c8df2c5d25a9"),
+    Edit(name="lastgaelam", digest="b2607cc548b2c46a"),
+    Edit(name="micro_batch_inds", digest="ddb587d5f02a3eec"),
+    Edit(name="mb_advantage", digest="72a054ff72825ba6"),
+    Edit(name="mb_logprobs", digest="5461ed6ace009bb1"),
+    Edit(name="new_logprobs", digest="62ff509be18f0fc9"),
+    Edit(name="pg_loss", digest="2281dc66ebd38ef4"),
+)
+
+
+def edited_train(train: Any) -> FunctionType:
+    """TRL's `PPOTrainer.train` with `EDITS` applied. `PatchError` if one of its statements isn't as it was tested."""
+    return edited(train, EDITS)
+
+
+@functools.cache
+def train_with_kl() -> FunctionType:
+    """`edited_train` of the installed TRL. `PatchError` unless version, digest and signature are tested ones."""
+    check(_PATCHES)
+    return edited_train(host.PPOTrainer.train)
+
+
+class _Claimed(float):
+    """A `kl_coef` with `kl` set: TRL's own trainer, which would train on its own KL, raises where it negates it."""
+
+    def __neg__(self) -> float:
+        raise PatchError(
+            "kl is set in a kl_plugins.trl.ppo.PPOConfig, but TRL's own KL was about to be used: use "
+            "kl_plugins.trl.ppo.PPOTrainer (a subclass must call its train), or set kl=None"
+        )
+
+
+@dataclass
+class PPOConfig(KLOptions, host.PPOConfig):
+    """[`trl.experimental.ppo.PPOConfig`] with the options of `KLOptions`. `kl_coef` is the coefficient (beta).
+
+    Raises, before any model is loaded: `UnknownLossError`, `ConfigError` (an option that doesn't exist, isn't used by
+    the chosen configuration or contradicts TRL's; `kl_coef=0`; a zero or biased gradient) or `PatchError` (a TRL that
+    wasn't tested).
+    """
+
+    kl_placement: str = field(
+        default="auto",
+        metadata={"help": "loss, reward (through GAE and the critic), or auto: reward for in-reward configurations."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._none_from_words()
+        if self.kl is None:
+            changed = self.changed_kl_options()
+            refuse([f"{', '.join(changed)} set, but kl is None: name a configuration with kl=..."] if changed else [])
+            return
+        train_with_kl()
+        refuse([*self._spec_problems(), *self._placement_problems(), *self._contradictions()])
+        self.kl_coef = _Claimed(self.kl_coef)
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the term is a per-token reward instead of a term of the loss."""
+        if self.kl is None or self.kl_placement != "auto":
+            return self.kl is not None and self.kl_placement == "reward"
+        return get_loss(self.kl).in_reward
+
+    def kl_options(self) -> dict[str, Any]:
+        """As everywhere; in the reward under TRL's own discount, ratio and clip."""
+        options = super().kl_options()
+        if self.kl_in_reward:
+            options["kl_clip"] = "combined"
+            if self.kl_credit in (None, "to_go"):
+                options["kl_gamma"] = self.gamma
+        return options
+
+    def changed_kl_options(self) -> list[str]:
+        """The options that are not at their default."""
+        return [*super().changed_kl_options(), *(["kl_placement"] if self.kl_placement != "auto" else [])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """TRL's, for its logs and files: with `kl_coef` as a plain number."""
+        return super().to_dict() | {"kl_coef": float(self.kl_coef)}  # type: ignore[no-any-return]
+
+    def _spec_problems(self) -> tuple[str, ...]:
+        try:
+            self.kl_spec()
+        except ConfigError as error:
+            return error.args
+        return ()
+
+    def _placement_problems(self) -> list[str]:
+        if self.kl_placement not in PLACEMENTS:
+            return [f"kl_placement={self.kl_placement!r}: choose from {', '.join(PLACEMENTS)}"]
+        if not self.kl_in_reward:
+            if self.kl_clip == "combined":
+                return ["kl_clip='combined' puts the KL into the advantage: use kl_placement='reward' instead"]
+            return []
+        problems = []
+        if not get_loss(str(self.kl)).in_reward:
+            problems.append(f"{self.kl} is a term of the loss: leave kl_placement out, or use kl='k1_in_reward'")
+        if self.kl_credit not in (None, "to_go"):
+            problems.append(
+                f"kl_credit={self.kl_credit!r}: PPO sums rewards from a token on, which is credit 'to_go'; use "
+                "kl_placement='loss' for others"
+            )
+        unused = {"kl_gamma", "kl_off_policy", "kl_weight_clip", "kl_weight_clip_mode", "kl_clip", "kl_clip_epsilon"}
+        problems += [
+            f"{name}={getattr(self, name)!r} is not used in the reward, where TRL's own gamma, lam, ratio and "
+            "cliprange apply to the KL: leave it out, or use kl_placement='loss'"
+            for name in self.changed_kl_options()
+            if name in unused
+        ]
+        if self.whiten_rewards:
+            problems.append(
+                "whiten_rewards=True divides the KL in the reward by the rewards' standard deviation and adds a "
+                "constant to every token, which rewards length: leave it out, or use kl_placement='loss'"
+            )
+        return problems
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        if not 0 < self.kl_coef < math.inf:
+            problems.append(f"kl={self.kl!r} with kl_coef={self.kl_coef:g}: set a positive finite kl_coef, or kl=None")
+        if self.kl_estimator != "k1":
+            problems.append(
+                f"kl_estimator={self.kl_estimator!r} names TRL's own KL, which kl={self.kl!r} replaces: leave it out"
+            )
+        if self.kl_baseline is not None:
+            problems.append(
+                f"kl_baseline={self.kl_baseline!r} needs several completions of a prompt, but PPO generates one, and "
+                "its critic is the baseline: leave it out"
+            )
+        return problems
+
+
+class PPOTrainer(host.PPOTrainer):
+    """[`trl.experimental.ppo.PPOTrainer`] whose KL-to-reference is the one that `PPOConfig(kl=...)` names.
+
+    In the reward (`k1_in_reward`): per token, unclamped, through GAE and the critic, under TRL's ratio and clip.
+    TRL's advantages hold the KL of the policy at rollout; before each later update on the same rollout they are
+    brought up to date. In the loss: `kl_coef` times the token mean of `kl_terms(...)`, weighted against the policy
+    at rollout by the log-probs of its own sampler, while the KL in the reward is off. `kl=None` is TRL's own trainer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
+        self.kl_spec: Any = spec_of() if spec_of else None  # KLSpec or None
+        self._kl_sums: Tensor | None = None  # since the last log
+        self._kl_weight_max: Tensor | None = None
+        self._kl_scale: Tensor | None = None
+        self._kl_moved = False  # whether the policy was updated since the rollout
+        if self.kl_spec is not None:
+            if not self.kl_spec.allow_biased:
+                refuse(_generation_problems(self.policy_model.generation_config))
+            gradient = self.kl_spec.gradient_of
+            say = logger.warning if gradient in ("zero", "biased") else logger.info
+            say(f"KL term: {self.kl_spec}; its expected on-policy gradient is {gradient}")
+
+    def train(self) -> None:
+        """TRL's; with `kl` set, with the four statements of `EDITS` changed."""
+        if self.kl_spec is None:
+            super().train()
+        else:
+            train_with_kl()(self)
+
+    def compute_kl_terms(self, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> KLTerms:
+        """The KL of sampled completions, all (B, T). Override it to experiment with terms of your own.
+
+        TRL fills masked positions with the number 1 (no log-prob); what they hold doesn't matter.
+        """
+        require_policy_scores(self.kl_spec, logp=logp, mask=mask, host="TRL")
+        return kl_terms(self.kl_spec, logp=logp, ref_logp=ref_logp, mask=mask, behavior_logp=old_logp)
+
+    def _kl_reward(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        """(B, T). What the KL adds to the rewards of a rollout: minus its cost, or 0 if it is in the loss."""
+        self._kl_moved = False
+        if not self.args.kl_in_reward:
+            return torch.zeros_like(logp)
+        return -float(self.args.kl_coef) * token_cost(self.kl_spec, self.compute_kl_terms(logp, logp, ref_logp, mask))
+
+    def _kl_whitened(self, raw: Tensor, whitened: Tensor, mask: Tensor) -> Tensor:
+        """`whitened`, TRL's own, after what it multiplied the (B, T) advantages with was read off it.
+
+        Where all advantages are equal none of them has a gradient, and the scale is 0.
+        """
+        raw, result = raw[mask].double(), whitened[mask].double()
+        size = (raw - raw.mean()).norm()
+        self._kl_scale = torch.where(size > 0, result.norm() / size, 0.0)
+        return whitened
+
+    def _kl_advantages(
+        self, advantages: Tensor, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, mask: Tensor
+    ) -> Tensor:
+        """(B, T) advantages of a micro-batch with the KL of the current policy, `logp`, in them; see `up_to_date`."""
+        if not self.args.kl_in_reward:
+            return advantages
+        now = self.compute_kl_terms(logp, old_logp, ref_logp, mask)
+        self._count_kl(now)
+        if not self._kl_moved:  # the policy is that of the rollout: nothing but rounding has changed
+            self._kl_moved = self.accelerator.sync_gradients  # of this micro-batch comes an update
+            return advantages
+        then = self.compute_kl_terms(old_logp, old_logp, ref_logp, mask)
+        return up_to_date(
+            advantages,
+            spec=self.kl_spec,
+            now=now,
+            then=then,
+            discount=self.args.gamma * self.args.lam,
+            scale=float(self.args.kl_coef) * self._kl_scale.to(advantages.dtype),  # type: ignore[union-attr]
+            normalized=True,
+        )
+
+    def _kl_term(self, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+        """(B, T). What the KL adds to the loss of each token of a micro-batch: 0 if it is in the reward."""
+        if self.args.kl_in_reward:
+            return torch.zeros_like(logp.detach())
+        terms = self.compute_kl_terms(logp, old_logp, ref_logp, mask)
+        self._count_kl(terms)
+        return float(self.args.kl_coef) * terms.loss
+
+    def _count_kl(self, terms: KLTerms) -> None:
+        """Add a micro-batch to what the next log reports."""
+        sums, largest = kl_sums(terms), terms.weight.max()
+        if self._kl_sums is not None and self._kl_weight_max is not None:
+            sums, largest = sums + self._kl_sums, torch.maximum(largest, self._kl_weight_max)
+        self._kl_sums, self._kl_weight_max = sums, largest
+
+    def kl_metrics(self) -> dict[str, float]:
+        """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
+        if self._kl_sums is None or self._kl_weight_max is None:
+            return {}
+        sums = self.accelerator.reduce(self._kl_sums, reduction="sum")
+        largest = self.accelerator.gather(self._kl_weight_max).max()
+        self._kl_sums = self._kl_weight_max = None
+        metrics = kl_metrics(sums, weight_max=largest, beta=float(self.args.kl_coef))
+        if not self.args.kl_in_reward or self._kl_scale is None:
+            return metrics
+        metrics = {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
+        scale = self.accelerator.gather(self._kl_scale).mean()
+        return metrics | {"kl/advantage_scale": scale.item()}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's, after the `kl/*` numbers have joined its metrics."""
+        super().log({**logs, **self.kl_metrics()}, *args, **kwargs)
+
+
+def _generation_problems(generation_config: Any) -> list[str]:
+    """What in a model's own `generation_config` makes TRL sample from, and score with, something else."""
+    problems = model_generation_problems(generation_config)
+    for name in ("repetition_penalty", "encoder_repetition_penalty"):
+        value = getattr(generation_config, name, None)
+        if value not in (None, 1.0):
+            problems.append(
+                f"the model's generation_config.{name}={value!r} changes the distribution that tokens are drawn from, "
+                "which biases every sampled KL; reset it, or pass kl_allow_biased=True"
+            )
+    return problems

@@ -1,0 +1,56 @@
+"""TRL dropped its PPOTrainer after 1.12: the tests in `tests/ppo` run under other versions of TRL than this one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trl_versions import environment
+
+from kl_plugins.hosts import installed_version
+from kl_plugins.patchfile import load_patches
+
+TESTED = load_patches("trl").tested
+NEWEST, OLDEST = TESTED[-1], TESTED[0]
+
+pytestmark = [
+    pytest.mark.skipif(installed_version("trl") in TESTED, reason="this TRL has a PPOTrainer: tests/ppo runs here"),
+    pytest.mark.timeout(900),  # a whole suite in one test
+]
+
+
+def run(version, *arguments):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment(version),
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def suite(version):
+    done = run(version, "-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/ppo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"trl {version}" in done.stdout  # the header says under which TRL it ran
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_ppo_under_the_newest_trl_that_has_it():
+    suite(NEWEST)
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+@pytest.mark.parametrize("version", TESTED[:-1])
+def test_ppo_under_every_other_tested_trl(version):
+    suite(version)
+
+
+def test_this_trl_has_no_ppo_and_says_what_to_install():
+    with pytest.raises(RuntimeError, match=f"TRL dropped it after {NEWEST}; install trl=={NEWEST}"):
+        import kl_plugins.trl.ppo  # noqa: F401
