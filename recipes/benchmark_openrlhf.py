@@ -7,7 +7,7 @@ the plugin's share as large, as it can be. Memory is the peak of a step above wh
 on a shared machine, so the seconds that the plugin's own code takes in a step are given, too (its forward part).
 Writes runs/benchmark_openrlhf.json.
 
-Hardware: a CPU (12 GiB) or one GPU. Takes: 3 to 8 minutes on 2 cores at the default shape.
+Hardware: a CPU (12 GiB) or one GPU. Takes: one to three minutes on 2 cores at the default shape.
 Launch: python recipes/benchmark_openrlhf.py [--vocabulary 150000] [--rows 4] [--tokens 256] [--steps 10]
 """
 
