@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from kl_plugins.errors import ConfigError
 from kl_plugins.registry import get_loss
 from kl_plugins.spec import KLSpec
 
@@ -48,6 +49,14 @@ class KLOptions:
         if self.kl_coefficient_bound is None and get_loss(self.kl).may_overflow:
             options["coefficient_bound"] = COEFFICIENT_BOUND
         return KLSpec.from_name(self.kl, **options)
+
+    def spec_problems(self) -> tuple[str, ...]:
+        """What `kl_spec` refuses."""
+        try:
+            self.kl_spec()
+        except ConfigError as error:
+            return error.args
+        return ()
 
     def kl_options(self) -> dict[str, Any]:
         """What was chosen for each option of `KLSpec`, under the names of the fields."""

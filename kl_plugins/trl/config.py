@@ -8,7 +8,7 @@ from typing import Any
 
 import trl
 
-from kl_plugins.errors import ConfigError, refuse
+from kl_plugins.errors import refuse
 from kl_plugins.hosts import require_tested
 from kl_plugins.options import KLOptions, option
 from kl_plugins.registry import get_loss
@@ -32,19 +32,12 @@ class KLFields(KLOptions):
             refuse(self._options_without_kl())
             return
         require_tested("trl", vllm=bool(self.use_vllm))
-        refuse([*self._spec_problems(), *self._contradictions()])
+        refuse([*self.spec_problems(), *self._contradictions()])
         self.beta = unclaimed_beta(self.beta)
 
     def to_dict(self) -> dict[str, Any]:
         """TRL's, for its logs and files: with `beta` as a plain number."""
         return super().to_dict() | {"beta": float(self.beta)}  # type: ignore[misc]
-
-    def _spec_problems(self) -> tuple[str, ...]:
-        try:
-            self.kl_spec()
-        except ConfigError as error:
-            return error.args
-        return ()
 
     def _options_without_kl(self) -> list[str]:
         changed = self.changed_kl_options()

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kl_plugins.advantages import token_cost, up_to_date
-from kl_plugins.errors import ConfigError, PatchError, refuse
+from kl_plugins.errors import PatchError, refuse
 from kl_plugins.hosts import installed_version
 from kl_plugins.metrics import OWN_WEIGHTS, kl_metrics, kl_sums
 from kl_plugins.options import KLOptions
@@ -123,7 +123,7 @@ class PPOConfig(KLOptions, host.PPOConfig):
             refuse([f"{', '.join(changed)} set, but kl is None: name a configuration with kl=..."] if changed else [])
             return
         train_with_kl()
-        refuse([*self._spec_problems(), *self._placement_problems(), *self._contradictions()])
+        refuse([*self.spec_problems(), *self._placement_problems(), *self._contradictions()])
         self.kl_coef = _Claimed(self.kl_coef)
 
     @property
@@ -149,13 +149,6 @@ class PPOConfig(KLOptions, host.PPOConfig):
     def to_dict(self) -> dict[str, Any]:
         """TRL's, for its logs and files: with `kl_coef` as a plain number."""
         return super().to_dict() | {"kl_coef": float(self.kl_coef)}  # type: ignore[no-any-return]
-
-    def _spec_problems(self) -> tuple[str, ...]:
-        try:
-            self.kl_spec()
-        except ConfigError as error:
-            return error.args
-        return ()
 
     def _placement_problems(self) -> list[str]:
         if self.kl_placement not in PLACEMENTS:
