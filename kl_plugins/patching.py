@@ -92,6 +92,11 @@ def check(patches: HostPatches, *, allow_untested: bool = False) -> None:
     _examine(patches, patches.targets, allow_untested)
 
 
+def untested_allowed() -> bool:
+    """Whether the user opted in, by `KL_PLUGINS_ALLOW_UNTESTED`, to versions in which every target is unchanged."""
+    return os.environ.get(ALLOW_UNTESTED, "") not in ("", "0")
+
+
 def changes(patches: HostPatches) -> list[Change]:
     """Every target against the installed host: what adding its version takes.
 

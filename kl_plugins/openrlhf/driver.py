@@ -19,7 +19,7 @@ from kl_plugins.errors import ConfigError, PatchError
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, Plan, plan_run
 from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import check
+from kl_plugins.patching import ALLOW_UNTESTED, check, untested_allowed
 
 MODULE = "openrlhf.cli.train_ppo_ray"
 HOOK = f"{__name__}.runtime_env_hook"
@@ -72,7 +72,7 @@ def launch(options: OpenRLHFOptions, flags: Sequence[str], *, dry_run: bool = Fa
 def prepare(options: OpenRLHFOptions, args: Any) -> Plan:
     """For scripts that call OpenRLHF's `train(args)` themselves: call this before. Raises as `launch` does."""
     global _plan
-    check(load_patches("openrlhf"), allow_untested=worker.allow_untested())
+    check(load_patches("openrlhf"), allow_untested=untested_allowed())
     _plan = plan_run(options, args)
     _set_hook()
     return _plan
@@ -109,8 +109,8 @@ def runtime_env_hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
     if _dry_run:
         raise SystemExit(0)
     env_vars = {**runtime_env.get("env_vars", {}), worker.IN_WORKER: "1"}
-    if worker.allow_untested():
-        env_vars[worker.ALLOW_UNTESTED] = "1"
+    if untested_allowed():
+        env_vars[ALLOW_UNTESTED] = "1"
     theirs = runtime_env.get("worker_process_setup_hook")
     if theirs is not None and not isinstance(theirs, str):
         raise ConfigError(

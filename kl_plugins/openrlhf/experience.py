@@ -26,14 +26,14 @@ def make_experience(host: Host) -> Host:
     """
 
     def make(maker: Any, samples_list: list[Any]) -> list[Any]:
-        plan = plan_of(maker.args)
+        plan = without_baseline(plan_of(maker.args))
         references: list[Tensor] = []
 
         def cost(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
             samples = samples_list[len(references)]
             references.append(log_probs_base)
             samples.action_log_probs = log_probs  # the behavior policy, where vLLM did not report
-            return token_cost(plan.spec, terms_of(without_baseline(plan), samples, log_probs, log_probs_base))
+            return token_cost(plan.spec, terms_of(plan, samples, log_probs, log_probs_base))
 
         with answering(cost, expected=len(samples_list) if plan.in_reward else 0):
             experiences: list[Any] = host(maker, samples_list)

@@ -16,7 +16,7 @@ from typing import Any
 from kl_plugins.errors import PatchError
 from kl_plugins.openrlhf.plan import Plan
 from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import ALLOW_UNTESTED, Patching
+from kl_plugins.patching import Patching, untested_allowed
 
 SETUP_HOOK = "kl_plugins.openrlhf.worker.setup"
 # Set for workers (and what they start): a hook of the user that is run after ours, and the sign that this is a worker.
@@ -35,13 +35,8 @@ def patching() -> Patching:
     """The patches of this process, made on first use."""
     global _patching
     if _patching is None:
-        _patching = Patching(load_patches("openrlhf"), allow_untested=allow_untested())
+        _patching = Patching(load_patches("openrlhf"), allow_untested=untested_allowed())
     return _patching
-
-
-def allow_untested() -> bool:
-    """Whether the user lets versions through that weren't tested, if every hooked function is unchanged."""
-    return os.environ.get(ALLOW_UNTESTED, "") not in ("", "0")
 
 
 def setup() -> None:

@@ -22,7 +22,7 @@ from kl_plugins.hosts import installed_version
 from kl_plugins.metrics import OWN_WEIGHTS, kl_metrics, kl_sums
 from kl_plugins.options import KLOptions
 from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import check
+from kl_plugins.patching import check, untested_allowed
 from kl_plugins.registry import get_loss
 from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.trl.sampling import model_generation_problems
@@ -86,8 +86,11 @@ def edited_train(train: Any) -> FunctionType:
 
 @functools.cache
 def train_with_kl() -> FunctionType:
-    """`edited_train` of the installed TRL. `PatchError` unless version, digest and signature are tested ones."""
-    check(_PATCHES)
+    """`edited_train` of the installed TRL. `PatchError` unless version, digest and signature are tested ones.
+
+    `KL_PLUGINS_ALLOW_UNTESTED=1` accepts another version with a digest and signature that were tested.
+    """
+    check(_PATCHES, allow_untested=untested_allowed())
     return edited_train(host.PPOTrainer.train)
 
 

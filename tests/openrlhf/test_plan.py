@@ -15,6 +15,7 @@ import kl_plugins
 from kl_plugins import ConfigError, PatchError, UnknownLossError, cli
 from kl_plugins.openrlhf import driver, experience, worker
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_of, plan_run
+from kl_plugins.patching import ALLOW_UNTESTED
 
 GRPO = ("--algo.advantage.estimator", "group_norm")
 REINFORCE = ("--algo.advantage.estimator", "reinforce")
@@ -136,7 +137,7 @@ def test_nodes_with_another_version_are_refused(planned, monkeypatch):
 @pytest.fixture
 def hook(monkeypatch):
     """The hook in a driver that starts from nothing."""
-    names = (driver.RAY_HOOK, driver.OPTIONS, driver.CHAINED_HOOK, worker.IN_WORKER, worker.ALLOW_UNTESTED)
+    names = (driver.RAY_HOOK, driver.OPTIONS, driver.CHAINED_HOOK, worker.IN_WORKER, ALLOW_UNTESTED)
     for name in (*names, "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
         monkeypatch.setenv(name, "")  # so that what a test leaves is taken back
         monkeypatch.delenv(name)

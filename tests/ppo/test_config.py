@@ -116,7 +116,10 @@ def test_an_untested_trl_is_refused_before_any_model(tmp_path, monkeypatch):
     with pytest.raises(PatchError, match=r"1\.12\.9 was not tested"):
         config(tmp_path, kl="k2_as_loss")
     config(tmp_path)  # without kl nothing is asked for
+    monkeypatch.setenv("KL_PLUGINS_ALLOW_UNTESTED", "1")  # as the message says: the method itself is unchanged
+    config(tmp_path, kl="k2_as_loss")
     monkeypatch.undo()
+    ppo.train_with_kl.cache_clear()
     ppo.train_with_kl()
 
 
