@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kl_plugins.registry import KLLoss, all_losses, get_loss, register
     from kl_plugins.spec import KLSpec
     from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, surrogate
+    from kl_plugins.trl.apply import apply_to_trl
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOME = {
     "kl_terms": "terms",
     "leave_one_out_baseline": "terms",
     "surrogate": "terms",
+    "apply_to_trl": "trl.apply",
 }
 __all__ = [
     "ConfigError",
@@ -38,6 +40,7 @@ __all__ = [
     "PatchError",
     "UnknownLossError",
     "all_losses",
+    "apply_to_trl",
     "get_loss",
     "kl_terms",
     "leave_one_out_baseline",

@@ -1,4 +1,4 @@
-"""`kl-plugins explain`, `doctor`, `openrlhf` and `patches`. The first two load neither torch nor a host framework."""
+"""`kl-plugins explain`, `doctor`, `openrlhf`, `trl` and `patches`; the first two load neither torch nor a host."""
 
 from __future__ import annotations
 
@@ -74,6 +74,26 @@ UsageError: Any = typer.BadParameter.__base__
 def openrlhf_command() -> Any:
     """The parser of `kl-plugins openrlhf`."""
     return typer.main.get_command(app).commands["openrlhf"]  # type: ignore[attr-defined]
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="grpo|rloo --kl NAME [TRL_OPTIONS]",
+)
+def trl(context: typer.Context) -> None:
+    """Run TRL's own command line with the KL of your choice in every process.
+
+    All options are TRL's; its configs have the kl_* ones, too, here and in a --config file. `kl-plugins trl grpo
+    --help` lists them.
+    """
+    from kl_plugins.trl.command import run
+
+    try:
+        code = run(context.args)
+    except (UnknownLossError, ConfigError, PatchError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    raise typer.Exit(code)
 
 
 @app.command()

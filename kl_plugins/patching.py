@@ -26,6 +26,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FunctionType, MappingProxyType, ModuleType, TracebackType
 from typing import Any
+from weakref import WeakSet
 
 from kl_plugins.errors import PatchError
 from kl_plugins.hosts import installed_version
@@ -34,6 +35,7 @@ from kl_plugins.patchfile import HostPatches, Target, refuse_all
 OWNER_MARK = "__patched_by__"
 ALLOW_UNTESTED = "KL_PLUGINS_ALLOW_UNTESTED"  # the environment variable by which users say so
 _NONE: Mapping[Any, Any] = MappingProxyType({})
+_PATCHINGS: WeakSet[Patching] = WeakSet()
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def bare_signature(function: Callable[..., Any]) -> str:
     """The signature without annotations, and without the addresses in the defaults' reprs."""
     own = inspect.unwrap(function)
     if isinstance(own, FunctionType):  # not its __signature__, which others (Ray, of its actors' methods) rewrite
-        bare = FunctionType(own.__code__, {}, argdefs=own.__defaults__)
+        bare = FunctionType(own.__code__, {}, argdefs=own.__defaults__, closure=own.__closure__)
         bare.__kwdefaults__ = own.__kwdefaults__
         own = bare
     found = inspect.signature(own)
@@ -100,19 +102,26 @@ def untested_allowed() -> bool:
 def changes(patches: HostPatches) -> list[Change]:
     """Every target against the installed host: what adding its version takes.
 
-    Raises `PatchError` only if the host isn't installed.
+    Of a version that was tested, without the targets that it doesn't have. Raises `PatchError` only if the host isn't
+    installed.
     """
     version, report = _version(patches), []
-    for target in patches.targets:
+    there = [each for each in patches.targets if version in each.digests] or patches.targets
+    for target in there:
         try:
             found = _find(patches, target, version)
         except PatchError as error:
             report.append(Change(target=target.name, state="missing", detail=str(error)))
             continue
         same = "same" if found.digest in found.known else "changed"
-        state = same if found.signature == target.signature else "signature"
+        state = same if found.signature in target.signatures else "signature"
         report.append(Change(target=target.name, state=state, digest=found.digest, signature=found.signature))
     return report
+
+
+def active() -> list[Binding]:
+    """What is replaced in this process now, by whichever `Patching`."""
+    return [binding for patching in _PATCHINGS for binding in patching.bindings() if binding.bound]
 
 
 class Patching:
@@ -126,6 +135,7 @@ class Patching:
         self._applied: list[_Seam] = []  # what is to be undone
         self._latest: dict[str, _Seam] = {}  # by target
         self._finder: _Finder | None = None
+        _PATCHINGS.add(self)
 
     def apply(self) -> None:
         """Import the host's modules and replace every target, or raise one `PatchError` and replace none."""
@@ -373,14 +383,16 @@ def _examine(
         if seam.digest not in seam.known:
             known = " or ".join(sorted(digest[:12] for digest in seam.known))
             problems.append(f"{target.name}: its source has digest {seam.digest[:12]}, tested was {known}: {remedy}")
-        if seam.signature != target.signature:
-            problems.append(f"{target.name} is called {seam.signature}, tested was {target.signature}: {remedy}")
+        if seam.signature not in target.signatures:
+            known = " or ".join(target.signatures)
+            problems.append(f"{target.name} is called {seam.signature}, tested was {known}: {remedy}")
         if claim and target.wrapper and hasattr(seam.function, OWNER_MARK):
             problems.append(
                 f"{target.name} is already patched by {getattr(seam.function, OWNER_MARK)}: undo that first"
             )
         seams.append(seam)
-    refuse_all(f"{patches.host} {version} can't be patched", problems)
+    parts = f" ({', '.join(patches.parts)})" if patches.parts else ""
+    refuse_all(f"{patches.host} {version}{parts} can't be hooked", problems)
     if version not in patches.tested:
         names = ", ".join(target.name for target in targets)
         logger.warning(

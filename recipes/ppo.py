@@ -1,8 +1,8 @@
 """PPO with the KL term you name, on any model and any dataset of prompts and answers.
 
-What:      kl_plugins.trl.ppo.PPOTrainer, with a critic and a verifiable reward: 1 if the last number of a completion
-           is the answer. Without arguments: a 0.3M-parameter model, made on the spot, learns two-digit additions with
-           k1 in reward, through GAE.
+What:      kl_plugins.trl.PPOTrainer, with a critic and a reward: a model's (--reward_model), or 1 if the last number
+           of a completion is that of the answer. Without arguments: a 0.3M-parameter model, made on the spot, learns
+           two-digit additions with k1 in reward, through GAE.
 Hardware:  without arguments 2 CPU cores, no GPU, no network once TRL 1.12 is there
 How long:  without arguments about two minutes; 20 s more the first time, for the model
 Launch:    python -m pip install --no-deps --target .cache/trl-1.12.0 trl==1.12.0    # once: TRL dropped PPO after it
@@ -12,7 +12,7 @@ Launch:    python -m pip install --no-deps --target .cache/trl-1.12.0 trl==1.12.
                --dataset openai/gsm8k --dataset_config main --prompt_column question --kl k1_in_reward
            PYTHONPATH=.cache/trl-1.12.0 accelerate launch --num_processes 8 recipes/ppo.py --model_name_or_path ...
 
-Every field of kl_plugins.trl.ppo.PPOConfig, and so of TRL's PPOConfig, is an option of the command line; `--help`
+Every field of kl_plugins.trl.PPOConfig, and so of TRL's PPOConfig, is an option of the command line; `--help`
 lists them, and `--config FILE.yaml` reads them. Writes metrics.jsonl, metrics.png and the trained model to
 --output_dir (runs/ppo).
 """
@@ -59,7 +59,7 @@ with console.status("Importing torch and TRL"):
     from kl_plugins import ConfigError, PatchError, UnknownLossError, report
 
     try:
-        from kl_plugins.trl.ppo import PPOConfig, PPOTrainer
+        from kl_plugins.trl import PPOConfig, PPOTrainer
     except PatchError as error:
         sys.exit(f"error: {error}\nThe header of this recipe shows how, beside the TRL that is there.")
     from kl_plugins.trl.callbacks import JsonlCallback, ProgressBarCallback
@@ -83,6 +83,10 @@ class ScriptArguments:
     eval_examples: int = field(default=512, metadata={"help": "Evaluate on so many examples of it; 0 for none."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the question (text or messages)."})
     answer_column: str = field(default="answer", metadata={"help": "Column with the reference answer."})
+    reward_model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of a sequence classifier. Without it, the rule: right or not."},
+    )
     chat: bool | None = field(
         default=None, metadata={"help": "Use the chat template on text prompts. Default: if the tokenizer has one."}
     )
@@ -268,6 +272,10 @@ def main():
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     critic = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32, num_labels=1)
     torch.nn.init.zeros_(critic.score.weight)  # it begins by saying 0, not noise
+    reward_model = RuleReward(tokenizer, prompts, train["answer"])
+    if script_args.reward_model:  # it must read the policy's tokens
+        classifier = AutoModelForSequenceClassification
+        reward_model = classifier.from_pretrained(script_args.reward_model, dtype=torch.float32, num_labels=1)
 
     output = Path(training_args.output_dir)
     metrics = output / "metrics.jsonl"
@@ -277,7 +285,7 @@ def main():
         processing_class=tokenizer,
         model=policy,
         ref_model=None,  # a copy of the policy
-        reward_model=RuleReward(tokenizer, prompts, train["answer"]),
+        reward_model=reward_model,
         value_model=critic,
         train_dataset=datasets.Dataset.from_dict({"input_ids": prompts}),
         callbacks=[PlainNames(), JsonlCallback(metrics), progress],

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import trl
 from typer.testing import CliRunner
 
 import kl_plugins.hosts
 from kl_plugins import all_losses, registry
 from kl_plugins.cli import app
+from kl_plugins.openrlhf import driver
 
 
 def invoke(*arguments, code=0):
@@ -40,17 +42,51 @@ def test_an_unknown_name_gets_the_closest_and_exit_code_2():
 
 def test_doctor(monkeypatch):
     found = json.loads(invoke("doctor", "--json"))
-    assert found["installed"]["trl"] in found["tested"]["trl"]
-    assert found["trainers"]["kl_plugins.trl.GRPOTrainer"] == {"can_be_hooked": True, "why_not": ""}
-    assert found["trainers"]["kl-plugins openrlhf"] == {"can_be_hooked": True, "why_not": ""}
-    assert "0.29.0" in found["trainers"]["kl_plugins.trl.ppo.PPOTrainer"]["why_not"]  # this TRL has none
+    trainers = found["trainers"]
+    assert found["installed"]["trl"] in trainers["grpo"]["tested"]
+    assert {name: state["can_be_hooked"] for name, state in trainers.items()} == {
+        "grpo": True,
+        "rloo": True,
+        "gmpo": True,
+        "ppo": False,  # this TRL has none
+        "openrlhf": True,
+    }
+    assert "0.29.0" in trainers["ppo"]["why_not"]
+    assert not any(state["hooked"] for state in trainers.values())
     assert set(all_losses()) <= set(found["losses"])
-    assert "can be hooked" in invoke("doctor")
+    assert "kl_plugins.trl.GRPOTrainer" in invoke("doctor")
 
     monkeypatch.setattr(kl_plugins.hosts, "version", lambda host: "1.99.0")
-    found = json.loads(invoke("doctor", "--json"))
-    why_not = found["trainers"]["kl_plugins.trl.RLOOTrainer"]["why_not"]
+    why_not = json.loads(invoke("doctor", "--json"))["trainers"]["rloo"]["why_not"]
     assert why_not.startswith("trl 1.99.0 is not a tested version; tested: 1.12.0")
+
+
+def test_doctor_fails_if_what_was_asked_for_can_not_be_hooked(monkeypatch, tmp_path):
+    assert json.loads(invoke("doctor", "grpo", "rloo", "--json"))["trainers"]["grpo"]["asked"]
+    assert "ppo" in invoke("doctor", "grpo", "ppo", code=1)
+    assert "choose from grpo" in invoke("doctor", "grop", code=2)
+    monkeypatch.setattr(trl.RLOOTrainer, "log", lambda self, logs: None)
+    invoke("doctor", "grpo")
+    invoke("doctor")  # by its version alone
+    why_not = json.loads(invoke("doctor", "rloo", "--json", code=1))["trainers"]["rloo"]["why_not"]
+    assert "trl.trainer.rloo_trainer:RLOOTrainer.log" in why_not
+
+
+def test_doctor_shows_what_is_hooked_in_this_process():
+    with kl_plugins.apply_to_trl(kl="k2_as_loss", trainers=["grpo"]):
+        trainers = json.loads(invoke("doctor", "--json"))["trainers"]
+    assert trainers["grpo"]["hooked"] == "in this process: GRPOTrainer.__init__"
+    assert trainers["rloo"]["hooked"] == ""
+
+
+def test_doctor_shows_what_the_environment_hooks_and_fails_if_it_can_not(monkeypatch):
+    monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss")
+    monkeypatch.setenv(driver.RAY_HOOK, driver.HOOK)
+    trainers = json.loads(invoke("doctor", "--json"))["trainers"]
+    assert trainers["openrlhf"]["hooked"] == "in what is started from here: --kl k2_as_loss"
+    monkeypatch.delenv(driver.RAY_HOOK)
+    trainers = json.loads(invoke("doctor", "--json", code=1))["trainers"]
+    assert "RAY_RUNTIME_ENV_HOOK=kl_plugins.openrlhf.driver.runtime_env_hook is not" in trainers["openrlhf"]["why_not"]
 
 
 def test_doctor_shows_a_broken_third_party_loss_and_fails(monkeypatch):

@@ -12,7 +12,7 @@ from trl_versions import environment
 from kl_plugins.hosts import installed_version
 from kl_plugins.patchfile import load_patches
 
-TESTED = load_patches("trl").tested
+TESTED = load_patches("trl", "ppo").tested
 NEWEST, OLDEST = TESTED[-1], TESTED[0]
 
 pytestmark = [
@@ -21,10 +21,10 @@ pytestmark = [
 ]
 
 
-def run(version, *arguments):
+def run(version, *arguments, **variables):
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env=environment(version),
+        env=environment(version) | variables,
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -32,23 +32,31 @@ def run(version, *arguments):
     )
 
 
-def suite(version):
-    done = run(version, "-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/ppo")
+def suite(version, rows_of):
+    variables, take_rows = rows_of
+    pytest_here = ("-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist")
+    done = run(version, *pytest_here, "tests/ppo", **variables)
+    take_rows()
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"trl {version}" in done.stdout  # the header says under which TRL it ran
     assert " passed" in done.stdout
 
 
 @pytest.mark.slow
-def test_ppo_under_the_newest_trl_that_has_it():
-    suite(NEWEST)
+def test_ppo_under_the_newest_trl_that_has_it(rows_of):
+    suite(NEWEST, rows_of)
+
+
+@pytest.mark.slow
+def test_ppo_under_the_oldest_tested_trl(rows_of):
+    suite(OLDEST, rows_of)
 
 
 @pytest.mark.slow
 @pytest.mark.extra
-@pytest.mark.parametrize("version", TESTED[:-1])
-def test_ppo_under_every_other_tested_trl(version):
-    suite(version)
+@pytest.mark.parametrize("version", TESTED[1:-1])
+def test_ppo_under_every_other_tested_trl(version, rows_of):
+    suite(version, rows_of)
 
 
 def test_this_trl_has_no_ppo_and_says_what_to_install():

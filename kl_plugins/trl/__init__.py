@@ -1,7 +1,7 @@
 """TRL's trainers with the KL term that was asked for: `GRPOConfig(kl="k2_as_loss")` and a `GRPOTrainer` to match.
 
-`PPOConfig` and `PPOTrainer` are in `kl_plugins.trl.ppo`: TRL dropped its own after 1.12, whose GRPO can't be imported
-beside a newer vLLM. So names are resolved on first use.
+Names are resolved on first use: `PPOConfig` and `PPOTrainer` are for the releases that have them (TRL dropped its own
+after 1.12, whose GRPO can't be imported beside a newer vLLM), `GMPOConfig` and `GMPOTrainer` are experimental in TRL.
 """
 
 from __future__ import annotations
@@ -11,10 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kl_plugins.trl.config import GRPOConfig, RLOOConfig
+    from kl_plugins.trl.gmpo import GMPOConfig as GMPOConfig
+    from kl_plugins.trl.gmpo import GMPOTrainer as GMPOTrainer
     from kl_plugins.trl.grpo import GRPOTrainer
+    from kl_plugins.trl.ppo import PPOConfig as PPOConfig
+    from kl_plugins.trl.ppo import PPOTrainer as PPOTrainer
     from kl_plugins.trl.rloo import RLOOTrainer
 
-_HOME = {"GRPOConfig": "config", "RLOOConfig": "config", "GRPOTrainer": "grpo", "RLOOTrainer": "rloo"}
+_HOME = {
+    "GMPOConfig": "gmpo",
+    "GMPOTrainer": "gmpo",
+    "GRPOConfig": "config",
+    "GRPOTrainer": "grpo",
+    "PPOConfig": "ppo",
+    "PPOTrainer": "ppo",
+    "RLOOConfig": "config",
+    "RLOOTrainer": "rloo",
+}
+# Without those that some releases of TRL lack, so that `import *` works with any.
 __all__ = ["GRPOConfig", "GRPOTrainer", "RLOOConfig", "RLOOTrainer"]
 
 
@@ -25,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_HOME])

@@ -8,17 +8,14 @@ import torch
 import trl
 from torch import Tensor
 
+from kl_plugins.trl.config import GRPOConfig, GRPOFields
+from kl_plugins.trl.fields import Hook
 from kl_plugins.trl.seam import host_kl_replaced
 from kl_plugins.trl.trainer import KLTrainer
 
 
-class GRPOTrainer(KLTrainer, trl.GRPOTrainer):
-    """[`trl.GRPOTrainer`] whose KL-to-reference term is the one that `GRPOConfig(kl=...)` names.
-
-    TRL scores the completions once with gradients; the term is built from those log-probs and handed back at the
-    place where TRL adds `beta * per_token_kl` to its per-token loss, so that every `loss_type` normalizes it as it
-    does its own. With `kl_clip="combined"` it goes into the per-token advantage instead, after group normalization.
-    """
+class KLInGRPO(KLTrainer):
+    """The methods of `GRPOTrainer`, below, for any trainer of TRL that is one of its `GRPOTrainer`s."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.kl_spec is None or self.beta == 0:
@@ -37,8 +34,15 @@ class GRPOTrainer(KLTrainer, trl.GRPOTrainer):
                 term = torch.zeros_like(term)
             added.append(term)
 
-        with self._logps_seen_by(see, times=1), host_kl_replaced(self, lambda host_kl: added[0]):
+        def like_the_host(host_kl: Tensor) -> Tensor:
+            return self._reduced(added[0], inputs)
+
+        with self._logps_seen_by(see, times=1), host_kl_replaced(self, like_the_host):
             return super()._compute_loss(model, inputs)
+
+    def _reduced(self, term: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """The (B, T) term as this trainer reduces its own before it multiplies it with beta: not at all."""
+        return term
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -62,6 +66,24 @@ class GRPOTrainer(KLTrainer, trl.GRPOTrainer):
             )
         return logps
 
+
+class GRPOTrainer(KLInGRPO, trl.GRPOTrainer):
+    """[`trl.GRPOTrainer`] whose KL-to-reference term is the one that `GRPOConfig(kl=...)` names.
+
+    TRL scores the completions once with gradients; the term is built from those log-probs and handed back at the
+    place where TRL adds `beta * per_token_kl` to its per-token loss, so that every `loss_type` normalizes it as it
+    does its own. With `kl_clip="combined"` it goes into the per-token advantage instead, after group normalization.
+    """
+
+
+HOOK = Hook(
+    trainer=trl.GRPOTrainer,
+    config=trl.GRPOConfig,
+    our_trainer=GRPOTrainer,
+    our_config=GRPOConfig,
+    methods=KLInGRPO,
+    fields=GRPOFields,
+)
 
 _MULTIMODAL = (
     "pixel_values",

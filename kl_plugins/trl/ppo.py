@@ -7,7 +7,7 @@ TRL's PPO is one method, `train`, with the KL in its middle. It is compiled anew
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -20,19 +20,17 @@ from kl_plugins.advantages import token_cost, up_to_date
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.hosts import installed_version
 from kl_plugins.metrics import OWN_WEIGHTS, kl_metrics, kl_sums
-from kl_plugins.options import KLOptions
 from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import check, untested_allowed
 from kl_plugins.registry import get_loss
 from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
+from kl_plugins.trl.fields import Hook, KLFields, check_trl
 from kl_plugins.trl.sampling import model_generation_problems
 from kl_plugins.trl.syntax import HOST, Edit, edited
 
-_PATCHES = load_patches("trl")
 try:
     from trl.experimental import ppo as host
 except ImportError as error:
-    newest = _PATCHES.tested[-1]
+    newest = load_patches("trl", "ppo").tested[-1]
     raise PatchError(
         f"kl_plugins.trl.ppo was imported, but trl {installed_version('trl') or '(not installed)'} has no "
         f"PPOTrainer that can be imported ({error}): TRL dropped it after {newest}; install trl=={newest}"
@@ -90,7 +88,7 @@ def train_with_kl() -> FunctionType:
 
     `KL_PLUGINS_ALLOW_UNTESTED=1` accepts another version with a digest and signature that were tested.
     """
-    check(_PATCHES, allow_untested=untested_allowed())
+    check_trl("ppo")
     return edited_train(host.PPOTrainer.train)
 
 
@@ -105,29 +103,25 @@ class _Claimed(float):
 
 
 @dataclass
-class PPOConfig(KLOptions, host.PPOConfig):
-    """[`trl.experimental.ppo.PPOConfig`] with the options of `KLOptions`. `kl_coef` is the coefficient (beta).
+class PPOFields(KLFields):
+    """The KL options of `kl_plugins.KLSpec`, each with a `kl_` in front. `kl_coef` is the coefficient (beta).
 
     Raises, before any model is loaded: `UnknownLossError`, `ConfigError` (an option that doesn't exist, isn't used by
     the chosen configuration or contradicts TRL's; `kl_coef=0`; a zero or biased gradient) or `PatchError` (a TRL that
     wasn't tested).
     """
 
+    kl_beta_field = "kl_coef"
     kl_placement: str = field(
         default="auto",
         metadata={"help": "loss, reward (through GAE and the critic), or auto: reward for in-reward configurations."},
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._none_from_words()
-        if self.kl is None:
-            changed = self.changed_kl_options()
-            refuse([f"{', '.join(changed)} set, but kl is None: name a configuration with kl=..."] if changed else [])
-            return
+    def _check_host(self) -> None:
         train_with_kl()
-        refuse([*self.spec_problems(), *self._placement_problems(), *self._contradictions()])
-        self.kl_coef = _Claimed(self.kl_coef)
+
+    def _claimed(self, beta: float) -> float:
+        return _Claimed(beta)
 
     @property
     def kl_in_reward(self) -> bool:
@@ -148,10 +142,6 @@ class PPOConfig(KLOptions, host.PPOConfig):
     def changed_kl_options(self) -> list[str]:
         """The options that are not at their default."""
         return [*super().changed_kl_options(), *(["kl_placement"] if self.kl_placement != "auto" else [])]
-
-    def to_dict(self) -> dict[str, Any]:
-        """TRL's, for its logs and files: with `kl_coef` as a plain number."""
-        return super().to_dict() | {"kl_coef": float(self.kl_coef)}  # type: ignore[no-any-return]
 
     def _placement_problems(self) -> list[str]:
         if self.kl_placement not in PLACEMENTS:
@@ -182,33 +172,32 @@ class PPOConfig(KLOptions, host.PPOConfig):
             )
         return problems
 
-    def _contradictions(self) -> list[str]:
-        problems = []
-        if not 0 < self.kl_coef < math.inf:
-            problems.append(f"kl={self.kl!r} with kl_coef={self.kl_coef:g}: set a positive finite kl_coef, or kl=None")
+    def _contradictions(self) -> Iterator[str]:
+        yield from self._placement_problems()
+        yield from super()._contradictions()
         if self.kl_estimator != "k1":
-            problems.append(
-                f"kl_estimator={self.kl_estimator!r} names TRL's own KL, which kl={self.kl!r} replaces: leave it out"
-            )
+            yield f"kl_estimator={self.kl_estimator!r} names TRL's own KL, which kl={self.kl!r} replaces: leave it out"
         if self.kl_baseline is not None:
-            problems.append(
+            yield (
                 f"kl_baseline={self.kl_baseline!r} needs several completions of a prompt, but PPO generates one, and "
                 "its critic is the baseline: leave it out"
             )
-        return problems
 
 
-class PPOTrainer(host.PPOTrainer):
-    """[`trl.experimental.ppo.PPOTrainer`] whose KL-to-reference is the one that `PPOConfig(kl=...)` names.
+@dataclass
+class PPOConfig(PPOFields, host.PPOConfig):
+    """[`trl.experimental.ppo.PPOConfig`] with the options of `PPOFields`, and what those raise."""
 
-    In the reward (`k1_in_reward`): per token, unclamped, through GAE and the critic, under TRL's ratio and clip.
-    TRL's advantages hold the KL of the policy at rollout; before each later update on the same rollout they are
-    brought up to date. In the loss: `kl_coef` times the token mean of `kl_terms(...)`, weighted against the policy
-    at rollout by the log-probs of its own sampler, while the KL in the reward is off. `kl=None` is TRL's own trainer.
-    """
+
+class KLInPPO:
+    """The methods of `PPOTrainer`, below, for any trainer of TRL that is one of its `PPOTrainer`s."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.start_kl()
+
+    def start_kl(self) -> None:
+        """What is to be done once TRL has made the trainer."""
         spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
         self.kl_spec: Any = spec_of() if spec_of else None  # KLSpec or None
         self._kl_sums: Tensor | None = None  # since the last log
@@ -308,6 +297,26 @@ class PPOTrainer(host.PPOTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's, after the `kl/*` numbers have joined its metrics."""
         super().log({**logs, **self.kl_metrics()}, *args, **kwargs)
+
+
+class PPOTrainer(KLInPPO, host.PPOTrainer):
+    """[`trl.experimental.ppo.PPOTrainer`] whose KL-to-reference is the one that `PPOConfig(kl=...)` names.
+
+    In the reward (`k1_in_reward`): per token, unclamped, through GAE and the critic, under TRL's ratio and clip.
+    TRL's advantages hold the KL of the policy at rollout; before each later update on the same rollout they are
+    brought up to date. In the loss: `kl_coef` times the token mean of `kl_terms(...)`, weighted against the policy
+    at rollout by the log-probs of its own sampler, while the KL in the reward is off. `kl=None` is TRL's own trainer.
+    """
+
+
+HOOK = Hook(
+    trainer=host.PPOTrainer,
+    config=host.PPOConfig,
+    our_trainer=PPOTrainer,
+    our_config=PPOConfig,
+    methods=KLInPPO,
+    fields=PPOFields,
+)
 
 
 def _generation_problems(generation_config: Any) -> list[str]:

@@ -8,22 +8,19 @@ import torch
 import trl
 from torch import Tensor
 
+from kl_plugins.trl.config import RLOOConfig, RLOOFields
+from kl_plugins.trl.fields import Hook
 from kl_plugins.trl.seam import host_kl_replaced
 from kl_plugins.trl.trainer import KLTrainer
 from kl_plugins.trl.vllm import RecordedLogps
 
 
-class RLOOTrainer(KLTrainer, trl.RLOOTrainer):
-    """[`trl.RLOOTrainer`] whose KL-to-reference term is the one that `RLOOConfig(kl=...)` names.
+class KLInRLOO(KLTrainer):
+    """The methods of `RLOOTrainer`, below, for any trainer of TRL that is one of its `RLOOTrainer`s."""
 
-    TRL subtracts `beta * KL`, frozen at rollout, from the reward. Here the reward is left alone, the coefficients are
-    recomputed with the current policy, the in-reward ones less a leave-one-out baseline, and the term is summed over
-    tokens and averaged over sequences, as RLOO's own loss is. `kl_clip="combined"` (credit `sequence`) puts the
-    coefficient into the advantage, under RLOO's own sequence ratio and clip.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def start_kl(self) -> None:
+        """What is to be done once TRL has made the trainer."""
+        super().start_kl()
         self._sampling_logps = None
         if self.kl_spec is not None and self.use_vllm:
             self._sampling_logps = RecordedLogps(self.vllm_generation, pad_to_multiple_of=self.pad_to_multiple_of)
@@ -59,3 +56,23 @@ class RLOOTrainer(KLTrainer, trl.RLOOTrainer):
         with self._logps_seen_by(see, times=1):
             loss = super()._compute_loss(model, inputs)
         return loss + added[0] if added else loss
+
+
+class RLOOTrainer(KLInRLOO, trl.RLOOTrainer):
+    """[`trl.RLOOTrainer`] whose KL-to-reference term is the one that `RLOOConfig(kl=...)` names.
+
+    TRL subtracts `beta * KL`, frozen at rollout, from the reward. Here the reward is left alone, the coefficients are
+    recomputed with the current policy, the in-reward ones less a leave-one-out baseline, and the term is summed over
+    tokens and averaged over sequences, as RLOO's own loss is. `kl_clip="combined"` (credit `sequence`) puts the
+    coefficient into the advantage, under RLOO's own sequence ratio and clip.
+    """
+
+
+HOOK = Hook(
+    trainer=trl.RLOOTrainer,
+    config=trl.RLOOConfig,
+    our_trainer=RLOOTrainer,
+    our_config=RLOOConfig,
+    methods=KLInRLOO,
+    fields=RLOOFields,
+)

@@ -32,7 +32,13 @@ class HostBeta(float):
         if not isinstance(other, Tensor):
             return float(self) * other
         self.calls += 1
-        return self.term(other)
+        term = self.term(other)
+        if term.shape != other.shape:
+            raise PatchError(
+                f"a KL term of shape {tuple(term.shape)} was to take the place of the host's of {tuple(other.shape)}: "
+                "this trainer reduces its KL in a way of its own; use one that was tested, or kl=None"
+            )
+        return term
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copied or saved config is guarded as the original is
         return unclaimed_beta, (float(self),)

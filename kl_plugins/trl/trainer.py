@@ -23,11 +23,18 @@ logger = logging.get_logger(__name__)
 class KLTrainer:
     """Mixed into a TRL trainer. `kl_spec` is what `args.kl*` asked for; None leaves every method TRL's own."""
 
+    _on_logps: Callable[[Tensor], None] | None = None
+    length_normalized = ""
+    """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._on_logps: Callable[[Tensor], None] | None = None
+        super().__init__(*args, **kwargs)
+        self.start_kl()
+
+    def start_kl(self) -> None:
+        """What is to be done once TRL has made the trainer."""
         self._kl_sums: dict[str, Tensor] = {}  # mode -> sums since the last log
         self._kl_weight_max: dict[str, Tensor] = {}
-        super().__init__(*args, **kwargs)
         spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
         self.kl_spec: Any = spec_of() if spec_of else None  # KLSpec or None
         if self.use_vllm:
@@ -50,9 +57,10 @@ class KLTrainer:
         say = logger.warning if gradient in ("zero", "biased") else logger.info
         say(f"KL term: {self.kl_spec}; its expected on-policy gradient is {gradient}")
         loss_type = getattr(self.args, "loss_type", None)
-        if loss_type in ("grpo", "sapo"):
+        by_length = self.length_normalized or (f"loss_type={loss_type!r}" if loss_type in ("grpo", "sapo") else "")
+        if by_length:
             logger.warning(
-                f"loss_type={loss_type!r} divides every completion's KL by its own length, which biases any KL's "
+                f"{by_length} divides every completion's KL by its own length, which biases any KL's "
                 "gradient where lengths vary; 'dr_grpo', 'luspo' and RLOO divide by a constant"
             )
 
@@ -90,7 +98,7 @@ class KLTrainer:
         """
         if "ref_per_token_logps" not in inputs:
             raise ValueError("beta was 0 when these completions were generated, so the reference did not score them")
-        mask = _mask(inputs)
+        mask = completion_mask(inputs)
         require_policy_scores(self.kl_spec, logp=logp, mask=mask, host="TRL")
         return kl_terms(
             self.kl_spec,
@@ -107,7 +115,7 @@ class KLTrainer:
         Computed before the host shuffles the batch and splits it, where groups are whole, also across processes. They
         are functions of *other* samples, so that it doesn't matter that the policy has moved on when they are used.
         """
-        ref_logp, mask = inputs["ref_per_token_logps"], _mask(inputs)
+        ref_logp, mask = inputs["ref_per_token_logps"], completion_mask(inputs)
         logp = torch.where(logp.isnan(), ref_logp, logp)  # a token the engine did not score
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         if group_size < 2:  # evaluation may generate one completion a prompt
@@ -149,6 +157,7 @@ class KLTrainer:
         return "train" if self.model.training else "eval"
 
 
-def _mask(inputs: dict[str, Any]) -> Tensor:
+def completion_mask(inputs: dict[str, Any]) -> Tensor:
+    """(B, T). Which tokens of a batch the policy drew: not padding, not a tool's."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

@@ -152,7 +152,7 @@ def host(tmp_path, monkeypatch):
 
     def patches(*names, **options):
         (tmp_path / "stubhost.toml").write_text(as_toml(names, **options))
-        return load_patches("stubhost", tmp_path)
+        return load_patches("stubhost", folder=tmp_path)
 
     (tmp_path / "stubhost").mkdir()
     (tmp_path / "stubwrap.py").write_text(WRAPPERS)
@@ -280,7 +280,7 @@ class TestWhatIsOnlyReliedOn:
         at = text.index("[[target]]", text.index("[[target]]") + 1)
         rest = text[at:].replace('role = "loss"', 'role = "check"').replace('wrapper = "stubwrap:hundred"\n', "")
         (host.folder / "stubhost.toml").write_text(text[:at] + rest)
-        return load_patches("stubhost", host.folder)
+        return load_patches("stubhost", folder=host.folder)
 
     def test_it_is_left_as_it_is_and_listed(self, host):
         patches = self.patches(host, STEP)
@@ -304,7 +304,7 @@ class TestWhatIsOnlyReliedOn:
         text = as_toml([LOSS]).replace('role = "loss"', 'role = "check"')
         (host.folder / "stubhost.toml").write_text(text)
         with pytest.raises(PatchError, match="has an unknown 'wrapper'"):
-            load_patches("stubhost", host.folder)
+            load_patches("stubhost", folder=host.folder)
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_every_problem_is_listed(host):
     known, found = digest_of(TRAINER, "loss"), source_digest(module().loss)
     lines = str(error.value).splitlines()
     assert lines[:3] == [
-        "stubhost 1.1 can't be patched:",
+        "stubhost 1.1 can't be hooked:",
         f"- 1.1 was not tested, 1.0 was: {remedy} or, if no function changed, allow_untested "
         "(KL_PLUGINS_ALLOW_UNTESTED=1)",
         f"- stubhost.trainer:loss: its source has digest {found[:12]}, tested was {known[:12]}: {remedy}",
@@ -848,7 +848,7 @@ def test_data_is_found_in_a_wheel_and_in_a_clone(where, tmp_path, monkeypatch):
     assert (patches.host, patches.tested) == ("stubhost", ("1.0",))
     step, _ = patches.targets
     assert (step.module, step.qualname) == ("stubhost.trainer", "Trainer.step")
-    assert (step.role, step.wrapper, step.signature) == ("loss", "stubwrap:hundred", "(self, x)")
+    assert (step.role, step.wrapper, step.signatures) == ("loss", "stubwrap:hundred", ("(self, x)",))
     assert (step.digests, step.links) == ({"1.0": digest_of(TRAINER, "Trainer.step")}, ())
     with pytest.raises(PatchError, match=f"'nohost' were asked for, which {folder} lacks: known are stubhost"):
         load_patches("nohost")
@@ -870,7 +870,7 @@ def test_data_is_found_in_a_wheel_and_in_a_clone(where, tmp_path, monkeypatch):
         (
             'role = "loss"',
             'role = "losses"',
-            r"loss': role must match loss\|reward\|sampling\|log\|check, not be 'losses'",
+            r"loss': role must match loss\|reward\|sampling\|log\|start\|check, not be 'losses'",
         ),
         ('"stubhost.trainer:loss"', '"stubhost.trainer.loss"', "name must match"),
         ('"stubwrap:hundred"', "3", "wrapper must match .*, not be 3"),
@@ -886,13 +886,54 @@ def test_wrong_data_is_refused(old, new, message, tmp_path):
     assert old in text
     path = tmp_path / "stubhost.toml"
     path.write_text(text)
-    load_patches("stubhost", tmp_path)
+    load_patches("stubhost", folder=tmp_path)
     path.write_text(text.replace(old, new))
     with pytest.raises(PatchError, match=message):
-        load_patches("stubhost", tmp_path)
+        load_patches("stubhost", folder=tmp_path)
 
 
 def test_links_are_read(tmp_path):
     text = as_toml([STEP]).replace("reason =", 'links = ["https://a", "https://b"]\nreason =')
     (tmp_path / "stubhost.toml").write_text(text)
-    assert load_patches("stubhost", tmp_path).targets[0].links == ("https://a", "https://b")
+    assert load_patches("stubhost", folder=tmp_path).targets[0].links == ("https://a", "https://b")
+
+
+class TestParts:
+    """A host of which some parts come and go between its versions."""
+
+    def write(self, tmp_path, change=lambda text: text):
+        text = as_toml([STEP, LOSS, APPROX]).replace('tested = ["1.0"]', 'tested = ["0.9", "1.0"]')
+        heads = text.split("[[target]]")
+        names = zip(heads[1:], "aab", strict=True)
+        parts = [head.replace("role =", f'part = "{name}"\nrole =') for head, name in names]
+        parts[2] = parts[2].replace("[target.digests]", f'[target.digests]\n"0.9" = "{"0" * 64}"')
+        (tmp_path / "stubhost.toml").write_text(change("[[target]]".join([heads[0], *parts])))
+
+    def test_each_has_the_versions_in_which_it_was_tested(self, tmp_path):
+        self.write(tmp_path)
+        loaded = {parts: load_patches("stubhost", *parts, folder=tmp_path) for parts in ("a", "b", "ab")}
+        assert {parts: patches.tested for parts, patches in loaded.items()} == {
+            "a": ("1.0",),
+            "b": ("0.9", "1.0"),
+            "ab": ("1.0",),
+        }
+        assert [target.qualname for target in loaded["a"].targets] == ["Trainer.step", "loss"]
+        assert load_patches("stubhost", folder=tmp_path).tested == ("0.9", "1.0")
+        with pytest.raises(PatchError, match="has no part c: it has a, b"):
+            load_patches("stubhost", "a", "c", folder=tmp_path)
+
+    def test_the_targets_of_one_part_have_the_same_versions(self, tmp_path):
+        self.write(tmp_path, lambda text: text.replace('part = "b"', 'part = "a"'))
+        with pytest.raises(PatchError, match=r"Trainer.step': digests lacks '0.9'"):
+            load_patches("stubhost", folder=tmp_path)
+
+    def test_what_a_tested_version_does_not_have_is_no_change(self, host, tmp_path):
+        self.write(tmp_path)
+        assert {each.state for each in changes(load_patches("stubhost", folder=tmp_path))} == {"same"}
+        self.write(tmp_path, lambda text: text.replace('"1.0" =', '"0.9" =', 2))
+        (one,) = changes(load_patches("stubhost", folder=tmp_path))
+        assert (one.target, one.state) == ("stubhost.utils:approx", "same")
+
+    def test_a_target_may_be_called_in_several_ways(self, tmp_path):
+        self.write(tmp_path, lambda text: text.replace('"(self, x)"', '["(self)", "(self, x)"]'))
+        assert load_patches("stubhost", folder=tmp_path).targets[0].signatures == ("(self)", "(self, x)")

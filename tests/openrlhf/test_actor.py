@@ -7,52 +7,20 @@ import math
 
 import pytest
 import torch
-from tiny_openrlhf import FLAGS, experience, gradients, parse, step
+from tiny_openrlhf import (
+    FLAGS,
+    ROWS,
+    expected_kl_gradient,
+    gradients,
+    made_up,
+    parse,
+    step,
+)
 
-from kl_plugins import KLSpec, PatchError, kl_terms
+from kl_plugins import KLSpec, PatchError
 from kl_plugins.openrlhf.actor import ppo_train
 from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import Patching, check
-
-ROWS, PROMPT, LENGTH = 8, 4, 6
-
-
-def made_up(args, trainer, *, seed=0, **fields):
-    """A ragged off-policy micro-batch, scored by the trainer's own actor plus noise."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(scale):
-        return scale * torch.randn(ROWS, PROMPT + LENGTH - 1, generator=generator)
-
-    sequences = torch.randint(2, 12, (ROWS, PROMPT + LENGTH), generator=generator)
-    lengths = torch.randint(1, LENGTH + 1, (ROWS, 1), generator=generator)
-    mask = (torch.arange(1 - PROMPT, LENGTH) < lengths) & (torch.arange(1 - PROMPT, LENGTH) >= 0)
-    with torch.no_grad():
-        logp = trainer.actor(sequences, mask, attention_mask=torch.ones_like(sequences))
-    scored = {
-        "action_log_probs": (logp + noise(0.3)) * mask,
-        "base_action_log_probs": (logp + noise(0.5)) * mask,
-        "advantages": noise(1.0) * mask,
-    }
-    return experience(args, sequences, mask.long(), **(scored | fields)), logp
-
-
-def expected_kl_gradient(trainer, batch, spec, beta=0.1):
-    """beta times the token mean of `kl_terms`, differentiated without OpenRLHF's step."""
-    trainer.actor.zero_grad()
-    logp = trainer.actor(batch.sequences, batch.action_mask, attention_mask=batch.attention_mask)
-    behavior = batch.action_log_probs if batch.rollout_log_probs is None else batch.rollout_log_probs
-    terms = kl_terms(
-        spec,
-        logp=logp,
-        ref_logp=batch.base_action_log_probs,
-        mask=batch.action_mask,
-        behavior_logp=behavior,
-        baseline=batch.kl if spec.baseline else None,
-    )
-    (beta * terms.loss.sum() / batch.action_mask.sum()).backward()
-    return gradients(trainer)
-
 
 IN_LOSS = [
     {"kl": "k2_as_loss"},

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
-import textwrap
-from types import FunctionType
-
 import pytest
+from drift import EDITS, change, holder_of
 from tiny_openrlhf import import_openrlhf
 
 from kl_plugins import PatchError
@@ -18,43 +13,11 @@ from kl_plugins.patching import Patching, check
 PATCHES = load_patches("openrlhf")
 
 
-def holder_of(target):
-    holder = importlib.import_module(target.module)
-    *parts, name = target.qualname.split(".")
-    for part in parts:
-        holder = getattr(holder, part)
-    return holder, name
-
-
-def edited(function, edit, folder):
-    """The function as it would be in a copy of the host with that edit, with a source file of its own."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    definition = tree.body[0]
-    if edit == "signature":
-        definition.args.kwonlyargs.append(ast.arg("added"))
-        definition.args.kw_defaults.append(ast.Constant(None))
-    else:
-        definition.body.insert(0, ast.parse("added = None").body[0])
-    path = folder / "edited.py"
-    path.write_text(ast.unparse(tree))
-    found = dict(inspect.unwrap(function).__globals__)
-    exec(compile(path.read_text(), str(path), "exec"), found)
-    return found[definition.name]
-
-
-@pytest.mark.parametrize("edit", ["renamed", "signature", "body"])
+@pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("target", PATCHES.targets, ids=lambda target: target.name.partition(":")[2])
 def test_a_changed_function_keeps_everything_from_starting(target, edit, tmp_path, monkeypatch):
     import_openrlhf()
-    holder, name = holder_of(target)
-    function = vars(holder)[name]
-    if edit == "renamed":
-        monkeypatch.delattr(holder, name)
-        monkeypatch.setattr(holder, f"{name}_v2", function, raising=False)
-    else:
-        own = function.__func__ if isinstance(function, staticmethod) else function
-        assert isinstance(own, FunctionType)
-        monkeypatch.setattr(holder, name, edited(own, edit, tmp_path))
+    change(target, edit, tmp_path, monkeypatch)
     replaced = [each for each in PATCHES.targets if each.wrapper and each is not target]
     before = [vars(holder_of(each)[0])[holder_of(each)[1]] for each in replaced]
     patching = Patching(PATCHES)

@@ -122,8 +122,9 @@ def test_a_baseline_for_a_term_in_the_loss_travels_to_the_actor(planned, hooked)
     ],
     ids=lambda flags: "-".join(flags[1::2]),
 )
-def test_later_updates_see_the_log_ratios_of_the_policy_they_update(make_actor, planned, hooked, flags):
+def test_later_updates_see_the_log_ratios_of_the_policy_they_update(make_actor, planned, hooked, covers, flags):
     """The advantages reaching the loss are those that OpenRLHF would compute from the current policy's log-ratios."""
+    covers("openrlhf", "RemoteExperienceMaker", "k1_in_reward to_go")
     args = planned(*flags, kl="k1_in_reward", kl_baseline="none", kl_allow_biased="0.8" in flags)
     batch = rollout()
     sequences, mask, reward, _, ref_logp, values = batch

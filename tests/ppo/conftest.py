@@ -10,7 +10,7 @@ import torch
 from kl_plugins.hosts import installed_version
 from kl_plugins.patchfile import load_patches
 
-collect_ignore_glob = [] if installed_version("trl") in load_patches("trl").tested else ["test_*.py"]
+collect_ignore_glob = [] if installed_version("trl") in load_patches("trl", "ppo").tested else ["test_*.py"]
 
 
 def pytest_report_header():

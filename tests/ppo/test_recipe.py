@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "ppo.py"
 
@@ -46,6 +48,16 @@ def test_it_trains_and_writes_what_it_says(start, tmp_path):
     assert {"reward", "kl", "kl/k1", "kl/ess"} <= rows[0].keys()
     for name in ("metrics.png", "model.safetensors"):
         assert (tmp_path / "runs/ppo" / name).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_reward_model(start, model, tmp_path):
+    classifier = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    torch.nn.init.constant_(classifier.score.weight, 0.1)
+    classifier.save_pretrained(tmp_path / "reward")
+    start("--reward_model", tmp_path / "reward", "--kl", "k1_in_reward")
+    rewards = [json.loads(line)["reward"] for line in (tmp_path / "runs/ppo/metrics.jsonl").open()]
+    assert any(reward * 8 != round(reward * 8) for reward in rewards)  # the rule's would be shares of 8
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import torch
 
+from kl_plugins import kl_terms
+
 torch.set_num_threads(1)
 
 
@@ -191,3 +193,43 @@ def experience_maker(args, *, logp, ref_logp, values=None, kl_coef=0.1):
             Strategy(args),
             SimpleNamespace(pad_token_id=0),
         )
+
+
+ROWS, PROMPT, LENGTH = 8, 4, 6  # of `made_up`
+
+
+def made_up(args, trainer, *, seed=0, **fields):
+    """A ragged off-policy micro-batch, scored by the trainer's own actor plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(scale):
+        return scale * torch.randn(ROWS, PROMPT + LENGTH - 1, generator=generator)
+
+    sequences = torch.randint(2, 12, (ROWS, PROMPT + LENGTH), generator=generator)
+    lengths = torch.randint(1, LENGTH + 1, (ROWS, 1), generator=generator)
+    mask = (torch.arange(1 - PROMPT, LENGTH) < lengths) & (torch.arange(1 - PROMPT, LENGTH) >= 0)
+    with torch.no_grad():
+        logp = trainer.actor(sequences, mask, attention_mask=torch.ones_like(sequences))
+    scored = {
+        "action_log_probs": (logp + noise(0.3)) * mask,
+        "base_action_log_probs": (logp + noise(0.5)) * mask,
+        "advantages": noise(1.0) * mask,
+    }
+    return experience(args, sequences, mask.long(), **(scored | fields)), logp
+
+
+def expected_kl_gradient(trainer, batch, spec, beta=0.1):
+    """beta times the token mean of `kl_terms`, differentiated without OpenRLHF's step."""
+    trainer.actor.zero_grad()
+    logp = trainer.actor(batch.sequences, batch.action_mask, attention_mask=batch.attention_mask)
+    behavior = batch.action_log_probs if batch.rollout_log_probs is None else batch.rollout_log_probs
+    terms = kl_terms(
+        spec,
+        logp=logp,
+        ref_logp=batch.base_action_log_probs,
+        mask=batch.action_mask,
+        behavior_logp=behavior,
+        baseline=batch.kl if spec.baseline else None,
+    )
+    (beta * terms.loss.sum() / batch.action_mask.sum()).backward()
+    return gradients(trainer)

@@ -44,9 +44,10 @@ def make_model(folder, *, seed: int, spread: float) -> str:
     return str(folder)
 
 
+BETA = 0.1
 # What every trainer of the tests is configured with, unless a test says otherwise.
 ARGUMENTS = {
-    "beta": 0.1,
+    "beta": BETA,
     "learning_rate": 1e-3,
     "per_device_train_batch_size": 16,
     "num_generations": 4,
@@ -102,6 +103,29 @@ def loss_and_gradients(trainer, batch) -> tuple[torch.Tensor, torch.Tensor]:
     loss.backward()
     gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
     return loss.detach(), torch.cat(gradients)
+
+
+def reduced(per_token, mask, loss_type, max_length, num_items):
+    """TRL's documented normalizations of a per-token loss, one process, no accumulation."""
+    total = (per_token * mask).sum()
+    if loss_type in ("grpo", "sapo"):
+        return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+    if loss_type == "bnpo":
+        return total / mask.sum()
+    if loss_type == "dr_grpo":
+        return total / (per_token.size(0) * max_length)
+    if loss_type == "luspo":
+        return (per_token * mask).sum(-1).mean()
+    return total / num_items
+
+
+def kl_part(trainer, batch):
+    """Loss and gradients with the term, less those without it (reference = a policy at u = 0)."""
+    loss, gradients = loss_and_gradients(trainer, batch)
+    trainer.beta, spec, trainer.kl_spec = 0.0, trainer.kl_spec, None
+    base, base_gradients = loss_and_gradients(trainer, batch)
+    trainer.beta, trainer.kl_spec = BETA, spec
+    return loss - base, gradients - base_gradients
 
 
 def parameters(trainer) -> torch.Tensor:

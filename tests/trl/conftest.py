@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from tiny_trl import ARGUMENTS, digit_share, make_model
 
-from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from kl_plugins.trl import GMPOConfig, GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def prompts() -> Dataset:
     return Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
 
 
-CONFIGS = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}
+CONFIGS = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig, GMPOTrainer: GMPOConfig}
 
 
 @pytest.fixture

@@ -124,8 +124,10 @@ def test_a_vllm_server_must_report_the_sampled_distribution():
 @BOTH
 def test_an_untested_trl_is_refused(config, monkeypatch):
     monkeypatch.setattr(kl_plugins.hosts, "version", lambda host: "1.17.0")
-    with pytest.raises(PatchError, match=r"trl 1\.17\.0, which was not tested.*trl==1\.16\.0"):
+    with pytest.raises(PatchError, match=r"1\.17\.0 was not tested, 1\.12\.0, .*trl==1\.16\.0.*KL_PLUGINS_ALLOW"):
         make(config, kl="k2_as_loss")
+    with pytest.raises(PatchError, match=r"\(.*, vllm\) can't be hooked:\n- 1\.17\.0 was not tested, 1\.16\.0 was"):
+        make(config, kl="k2_as_loss", use_vllm=True)
     make(config)  # without kl it is TRL's own trainer, whatever its version
 
 

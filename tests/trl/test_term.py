@@ -4,34 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_trl import LOSS_TYPES, loss_and_gradients, micro_batch
+from tiny_trl import BETA, LOSS_TYPES, kl_part, loss_and_gradients, micro_batch, reduced
 
 from kl_plugins.trl import GRPOTrainer, RLOOTrainer
-
-BETA = 0.1
-
-
-def reduced(per_token, mask, loss_type, max_length, num_items):
-    """TRL's documented normalizations of a per-token loss, one process, no accumulation."""
-    total = (per_token * mask).sum()
-    if loss_type in ("grpo", "sapo"):
-        return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-    if loss_type == "bnpo":
-        return total / mask.sum()
-    if loss_type == "dr_grpo":
-        return total / (per_token.size(0) * max_length)
-    if loss_type == "luspo":
-        return (per_token * mask).sum(-1).mean()
-    return total / num_items
-
-
-def kl_part(trainer, batch):
-    """Loss and gradients with the term, less those without it (reference = a policy at u = 0)."""
-    loss, gradients = loss_and_gradients(trainer, batch)
-    trainer.beta, spec, trainer.kl_spec = 0.0, trainer.kl_spec, None
-    base, base_gradients = loss_and_gradients(trainer, batch)
-    trainer.beta, trainer.kl_spec = BETA, spec
-    return loss - base, gradients - base_gradients
 
 
 def expected(trainer, batch, mask, coefficient_of, value_of, loss_type):

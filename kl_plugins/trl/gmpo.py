@@ -1,0 +1,70 @@
+"""`GMPOConfig` and `GMPOTrainer` for `trl.experimental.gmpo`, whose own loss has another KL than GRPO's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from trl.experimental import gmpo as host
+
+from kl_plugins.errors import refuse
+from kl_plugins.trl.config import GRPOFields
+from kl_plugins.trl.fields import Hook
+from kl_plugins.trl.grpo import KLInGRPO
+from kl_plugins.trl.trainer import completion_mask
+
+COMBINED = "kl_clip='combined': GMPO's advantage is one number a sequence; use kl_clip='separate' or None"
+
+
+@dataclass
+class GMPOFields(GRPOFields):
+    """`OnlineFields` for `trl.experimental.gmpo.GMPOConfig`."""
+
+    kl_part = "grpo gmpo"
+
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
+        if self.kl_clip == "combined":
+            yield COMBINED
+
+
+@dataclass
+class GMPOConfig(GMPOFields, host.GMPOConfig):
+    """[`trl.experimental.gmpo.GMPOConfig`] with the options of `OnlineFields`, and what those raise."""
+
+
+class KLInGMPO(KLInGRPO):
+    """The methods of `GMPOTrainer`, below, for any trainer of TRL that is one of its `GMPOTrainer`s."""
+
+    length_normalized = "GMPO"
+
+    def start_kl(self) -> None:
+        """What is to be done once TRL has made the trainer."""
+        super().start_kl()
+        if self.kl_spec is not None and self.kl_spec.clip == "combined":  # of another config than `GMPOConfig`
+            refuse([COMBINED])
+
+    def _reduced(self, term: Tensor, inputs: dict[str, Any]) -> Tensor:
+        mask = completion_mask(inputs)
+        return (term * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+class GMPOTrainer(KLInGMPO, host.GMPOTrainer):
+    """[`trl.experimental.gmpo.GMPOTrainer`] whose KL-to-reference term is the one that `GMPOConfig(kl=...)` names.
+
+    GMPO adds beta times each completion's mean of plain k3 (no correction, whatever `use_bias_correction_kl` says).
+    Here it is beta times the completion's mean of `kl_terms(...)`: GMPO's own reduction, which divides every
+    completion's KL by its own length.
+    """
+
+
+HOOK = Hook(
+    trainer=host.GMPOTrainer,
+    config=host.GMPOConfig,
+    our_trainer=GMPOTrainer,
+    our_config=GMPOConfig,
+    methods=KLInGMPO,
+    fields=GMPOFields,
+)

@@ -1,0 +1,78 @@
+"""Each configuration through TRL's PPOTrainer: refused, or trained in the reward or the loss. And `apply_to_trl`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from drift import EDITS, change
+from matrix import CONFIGURATIONS, REFUSED
+from trl.experimental import ppo as stock
+
+import kl_plugins
+from kl_plugins import ConfigError, PatchError
+from kl_plugins.patchfile import load_patches
+from kl_plugins.trl import ppo
+from kl_plugins.trl.ppo import PPOConfig, PPOTrainer
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_refused_or_trained(make_trainer, parameters, covers, name):
+    covers("trl", "PPOTrainer", name)
+    options = dict(CONFIGURATIONS[name])
+    if name in REFUSED:
+        with pytest.raises(ConfigError, match=r"expected gradient is (zero|biased)"):
+            make_trainer(**options)
+        return
+    if name in ("k1_in_reward sequence", "k1_in_reward token"):  # a reward is summed from a token on: credit to_go
+        with pytest.raises(ConfigError, match="kl_placement='loss'"):
+            make_trainer(**options)
+        options["kl_placement"] = "loss"
+    trainer, without = make_trainer(**options, num_ppo_epochs=2), make_trainer(kl_coef=0.0, num_ppo_epochs=2)
+    for each in (trainer, without):
+        each.train()
+    assert (parameters(trainer) - parameters(without)).abs().max() > 1e-4
+    logs = [entry for entry in trainer.state.log_history if "kl/k1" in entry]
+    assert len(logs) == 3
+    assert all(math.isfinite(value) for entry in logs for key, value in entry.items() if key.startswith("kl/"))
+
+
+@pytest.mark.parametrize("kl", ["k1_in_reward", "k2_as_loss"])
+def test_apply_to_trl(make_trainer, parameters, kl):
+    """TRL's own classes, imported before, as ours bit for bit; and no trace when it is undone."""
+    own = [{k: id(v) for k, v in vars(cls).items()} for cls in (stock.PPOTrainer, stock.PPOConfig)]
+
+    def train(*args, **options):
+        trainer = make_trainer(*args, **options)
+        trainer.train()
+        return trainer
+
+    wanted = train(kl=kl)
+    before = train(stock.PPOTrainer, config=stock.PPOConfig)
+    with kl_plugins.apply_to_trl(trainers=["ppo"], kl=kl):
+        found = train(stock.PPOTrainer, config=stock.PPOConfig)
+        assert (type(found), type(found.args)) == (PPOTrainer, PPOConfig)
+    assert torch.equal(parameters(found), parameters(wanted))
+    assert torch.equal(parameters(found), parameters(before)) == (kl == "k1_in_reward")  # with one update: TRL's own
+    after = train(stock.PPOTrainer, config=stock.PPOConfig)
+    assert type(after) is stock.PPOTrainer
+    assert torch.equal(parameters(after), parameters(before))
+    assert [{k: id(v) for k, v in vars(cls).items()} for cls in (stock.PPOTrainer, stock.PPOConfig)] == own
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("part", ["ppo", "apply_ppo"])
+def test_a_changed_function_keeps_everything_from_starting(make_trainer, part, edit, tmp_path, monkeypatch):
+    (target,) = load_patches("trl", part).targets
+    ppo.train_with_kl.cache_clear()
+    change(target, edit, tmp_path, monkeypatch)
+    starts = [lambda: kl_plugins.apply_to_trl(trainers=["ppo"], kl="k1_in_reward")]
+    if part == "ppo":
+        starts.append(lambda: make_trainer(kl="k1_in_reward"))
+    for start in starts:
+        with pytest.raises(PatchError, match=rf"- {target.name}.*reinstall trl=="):
+            start()
+    monkeypatch.undo()
+    ppo.train_with_kl.cache_clear()
+    make_trainer(kl="k1_in_reward")

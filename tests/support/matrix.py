@@ -1,0 +1,14 @@
+"""Every configuration, for the table that a test run ends with (`tests/conftest.py`)."""
+
+from __future__ import annotations
+
+TRAINED = {
+    "k1_in_reward to_go": {"kl": "k1_in_reward"},
+    "k1_in_reward sequence": {"kl": "k1_in_reward", "kl_credit": "sequence"},
+    "k1_in_reward token": {"kl": "k1_in_reward", "kl_credit": "token"},
+    "k2_as_loss token": {"kl": "k2_as_loss"},
+    "k2_as_loss sequence": {"kl": "k2_as_loss", "kl_credit": "sequence"},
+    "k3_as_loss token": {"kl": "k3_as_loss"},
+}
+REFUSED = {name: {"kl": name} for name in ("k1_as_loss", "k2_in_reward", "k3_in_reward")}
+CONFIGURATIONS = TRAINED | REFUSED
