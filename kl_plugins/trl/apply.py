@@ -104,8 +104,10 @@ class AppliedToTRL:
             self._restore()
             raise
         names = ", ".join(sorted(hook.trainer.__name__ for hook in self.hooks))
-        default = f"by default {self.options}" if self.options else "of which their configs choose the KL"
-        logger.warning(f"kl_plugins: TRL {installed_version('trl')}'s own {names} take kl_* options, {default}")
+        default = f"by default {self.options}" if self.options else "and none is set"
+        logger.warning(
+            f"kl_plugins: TRL {installed_version('trl')}'s own {names} and their configs take kl_* options, {default}"
+        )
 
     def undo(self) -> None:
         """Put TRL's own objects back; trainers that were made meanwhile keep their KL.
