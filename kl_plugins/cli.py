@@ -1,4 +1,4 @@
-"""`kl-plugins explain`, `doctor`, `openrlhf`, `trl` and `patches`; the first two load neither torch nor a host."""
+"""The command line: `kl-plugins explain`, `curves`, `doctor`, `openrlhf`, `trl` and `patches`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kl_plugins.curves import curves
 from kl_plugins.doctor import doctor
 from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
 from kl_plugins.explain import explain
@@ -21,6 +22,7 @@ from kl_plugins.patching import changes
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 app.command()(explain)
+app.command()(curves)
 app.command()(doctor)
 
 

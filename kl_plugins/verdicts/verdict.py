@@ -1,0 +1,297 @@
+"""What a whole training configuration does about the KL: the term that is really applied, its gradient, its flaws.
+
+Loads neither torch nor a host. What hosts do is in `host_terms` and `traps`; `explain` shows what is found here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from kl_plugins.registry import LOSSES
+from kl_plugins.trl.sampling import sampling_problems
+from kl_plugins.verdicts.host_terms import BETA, HOSTS, NO_ENGINE, OURS, TERMS, VERSIONS, HostTerm
+from kl_plugins.verdicts.runs import Finding, Run, kl_options, nested, read_run
+from kl_plugins.verdicts.traps import TRAPS
+
+TRAINERS = ("grpo", "rloo", "ppo", "gmpo")
+CONFIGS = {
+    "grpo": "kl_plugins.trl.GRPOConfig",
+    "rloo": "kl_plugins.trl.RLOOConfig",
+    "ppo": "kl_plugins.trl.PPOConfig",
+    "gmpo": "kl_plugins.trl.GMPOConfig",
+}
+_SUGGESTED_BETA = {"grpo": 0.04, "gmpo": 0.04, "rloo": 0.05, "ppo": 0.05, "openrlhf": 0.01}
+
+MEANING = {
+    "reverse_kl": "KL(policy || reference) of whole sequences",
+    "local_reverse_kl": "the sum of next-token KL(policy || reference), the visited prefixes held fixed: an early "
+    "token does not answer for the states it leads to",
+    "forward_kl": "KL(reference || policy) of whole sequences",
+    "local_forward_kl": "the sum of next-token KL(reference || policy), the visited prefixes held fixed",
+    "zero": "nothing: it adds noise and no regularization",
+    "biased": "that of no KL divergence",
+}
+OFF_POLICY = {
+    "none": "biased as soon as the sampler is not the policy (stale samples, another engine)",
+    "token": "(default) each token's own bias is removed; prefixes stay the sampler's",
+    "prefix": "unbiased, with any credit",
+    "sequence": "unbiased, with any credit; more variance",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What `kl-plugins explain` says about a whole configuration."""
+
+    host: str
+    facts: str
+    """Which source the host's part of this was read from."""
+    verdict: str
+    """`principled`, `another divergence`, `biased`, `zero`, `void` or `refused` (by kl_plugins, before training)."""
+    exit_code: int
+    """0: principled, or another divergence; 1: zero, biased or void; 2: refused."""
+    configuration: dict[str, Any]
+    """Every option that was looked at, defaults included."""
+    given: list[str]
+    """Those of them that were given."""
+    ignored: list[str]
+    """Options that were given but have no say in the KL."""
+    assumed: list[str]
+    beta: float
+    placement: str
+    """`loss`, `advantage` or `reward`."""
+    term: str
+    coefficient: str
+    gradient_of: str
+    meaning: str
+    samples: str
+    stale: str
+    engine: str
+    variance: str
+    dead_zone: str
+    overflow: str
+    flaws: list[Finding]
+    notes: list[str]
+    change: dict[str, Any]
+    """The options that make it principled; None leaves one out. Empty if it is."""
+    instead: str
+    """The same as a line to write."""
+    estimator: str
+    """k1, k2 or k3: the word by which hosts know the term; empty if it is none of them."""
+    elsewhere: list[dict[str, Any]]
+    """What each host, and kl_plugins, does with the same estimator; `yours` marks the one that is explained."""
+
+
+def explain_run(given: Mapping[str, Any], trainer: str, assumed: Sequence[str] = ()) -> Explanation:
+    """What the configuration `given`, named as the host names its options, does in `trainer`, one of `OPTIONS`.
+
+    `assumed` is what was assumed until here. Raises `ConfigError` or `UnknownLossError` for what is no configuration:
+    unknown options about a KL, values that don't exist.
+    """
+    assumptions = list(assumed)
+    run, refused = read_run(given, trainer, assumptions)
+    gradient = run.spec.gradient_of if run.spec else run.host_term.gradient_of
+    findings = [*refused, *_gradient_findings(run, gradient), *_beta_findings(run, given), *_sampling_findings(run)]
+    words = vars(nested(run.settings))  # for "{rollout.top_p}"
+    findings += [
+        Finding(trap.effect, trap.says.format_map(words), trap.change)
+        for trap in TRAPS
+        if trainer in trap.on and trap.when(run)
+    ]
+    flaws = [finding for finding in findings if finding.effect != "note"]
+    verdict = _verdict(gradient, {finding.effect for finding in flaws})
+    change = {} if verdict == "principled" else _change(run, flaws, given)
+    word = run.spec.name[:2] if run.spec else run.host_term.estimator
+    estimator = word if word in ("k1", "k2", "k3") else ""
+    kl = {"kl": run.kl.kl, **run.kl.kl_options()} if run.kl else {"kl": None}
+    placed = {name: given[name] for name in ("kl_placement",) if name in given}
+    configuration = {**run.settings, **kl, **placed}
+    return Explanation(
+        host=HOSTS[trainer] if run.spec is None else f"{HOSTS[trainer]} with kl_plugins",
+        facts=f"{VERSIONS[trainer]}: {run.term.source}" if run.term else f"kl_plugins/terms.py; {VERSIONS[trainer]}",
+        verdict=verdict,
+        exit_code={"principled": 0, "another divergence": 0, "refused": 2}.get(verdict, 1),
+        configuration=configuration,
+        given=[name for name in configuration if name in given],
+        ignored=sorted(set(given) - set(configuration)),
+        assumed=assumptions,
+        beta=run.beta,
+        placement="reward" if run.in_reward else "advantage" if run.combined else "loss",
+        gradient_of=gradient,
+        meaning=_meaning(run, gradient),
+        samples=_samples(run),
+        **(_host_properties(run, run.term) if run.term else _our_properties(run)),
+        flaws=flaws,
+        notes=[finding.says for finding in findings if finding.effect == "note"],
+        change=change,
+        instead=_line(run, change),
+        estimator=estimator,
+        elsewhere=_elsewhere(run, estimator) if estimator else [],
+    )
+
+
+def _samples(run: Run) -> str:
+    if run.reused:
+        what = f"stale: {run.updates:g} updates on each rollout, all but the first on an older policy's samples"
+        return what if run.updates > 1 else "stale: rollouts and updates don't coincide"
+    return "stale: sampling runs ahead of training" if run.stale else "on-policy: one update on each rollout"
+
+
+def _verdict(gradient: str, effects: set[str]) -> str:
+    for effect in ("refused", "void"):
+        if effect in effects:
+            return effect
+    if gradient == "zero":
+        return "zero"
+    if gradient == "biased" or "biased" in effects:
+        return "biased"
+    return "another divergence" if "forward" in gradient else "principled"
+
+
+def _meaning(run: Run, gradient: str) -> str:
+    expected = run.spec.loss.expected if run.spec else run.host_term.expected
+    return f"{MEANING[gradient]}: {expected}" if expected and gradient in ("zero", "biased") else MEANING[gradient]
+
+
+def _gradient_findings(run: Run, gradient: str) -> Iterator[Finding]:
+    if gradient not in ("zero", "biased"):
+        return
+    if run.spec is None or run.kl is None:
+        says = f"{run.host_term.term}: its expected gradient is {_meaning(run, gradient)}"
+        yield Finding(gradient, says, {"kl": ""})
+    elif run.spec.loss.gradient_of[str(run.spec.credit)] == gradient:
+        waived = "kl_allow_biased lets it through" if run.kl.kl_allow_biased else "refused without kl_allow_biased"
+        says = f"{run.spec.name}: its expected gradient is {_meaning(run, gradient)} ({waived})"
+        yield Finding(gradient, says, {"kl": run.spec.loss.instead})
+    elif run.kl.kl_gamma != 1:
+        says = f"kl_gamma={run.kl.kl_gamma:g} discounts the KL: the gradient of neither the local nor the sequence KL"
+        yield Finding("biased", says, {"kl_gamma": None})
+
+
+def _beta_findings(run: Run, given: Mapping[str, Any]) -> Iterator[Finding]:
+    name, beta = BETA[run.trainer], run.beta
+    if 0 < beta < float("inf"):
+        return
+    change = {name: _SUGGESTED_BETA[run.trainer]}
+    default = "" if name in given else ", the default"
+    if beta == 0 or run.trainer == "openrlhf":
+        yield Finding("void", f"{name}={beta:g}{default}: no KL is applied", change)
+    else:
+        yield Finding("biased", f"{name}={beta:g}: minus the KL drives the policy away from the reference", change)
+
+
+def _sampling_findings(run: Run) -> Iterator[Finding]:
+    if "temperature" in run.settings:
+        for problem in sampling_problems(SimpleNamespace(**run.settings)):
+            option = re.split(r"\W", problem)[0]
+            yield Finding("biased", problem.removesuffix(", or pass kl_allow_biased=True"), {option: None})
+
+
+def _change(run: Run, flaws: Sequence[Finding], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that mend all flaws; None leaves one out."""
+    change: dict[str, Any] = {}
+    for flaw in flaws:
+        change |= flaw.change
+    if not flaws:  # another divergence
+        change["kl"] = run.spec.loss.instead if run.spec else ""
+    if "kl" in change:
+        change["kl"] = change["kl"] or ("k1_in_reward" if run.in_reward else "k2_as_loss")
+        replaced = ["use_bias_correction_kl", "kl_estimator", "algo.kl.estimator", "algo.kl.unbiased_gradient"]
+        replaced += ["algo.kl.use_loss", "algo.kl.target", *kl_options(run.trainer)]
+        change = {name: None for name in replaced if name in given} | change
+    if run.trainer == "gmpo" and "kl" in change:  # the nearest that kl_plugins has is GRPO with a sequence's ratio
+        change |= {"importance_sampling_level": "sequence", "loss_type": "dapo"}
+    return change
+
+
+def _line(run: Run, change: Mapping[str, Any]) -> str:
+    if not change:
+        return ""
+    beta = BETA[run.trainer]
+    kl = {name: value for name, value in {"kl": run.kl and run.kl.kl, **change}.items() if name.startswith("kl")}
+    wanted = {**kl, beta: run.beta, **change}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    out = [name for name, value in change.items() if value is None]
+    if run.trainer == "openrlhf":
+        ours = [f"--{name.replace('_', '-')} {value}" for name, value in wanted.items() if name.startswith("kl")]
+        flags = [f"--{name} {value}" for name, value in wanted.items() if not name.startswith("kl")]
+        line = " ".join(["kl-plugins openrlhf", *ours, "--", *flags, "..."] if ours else flags)
+        out = [f"--{name}" for name in out]
+    else:
+        words = [
+            f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}" for name, value in wanted.items()
+        ]
+        line = f"{CONFIGS['grpo' if run.trainer == 'gmpo' else run.trainer]}({', '.join(words)})"
+        if "kl" not in wanted:
+            line = ", ".join(words)
+    return line + (f"   without {', '.join(out)}" if out else "")
+
+
+def _host_properties(run: Run, term: HostTerm) -> dict[str, Any]:
+    return {
+        "term": term.term,
+        "coefficient": term.coefficient,
+        "stale": term.stale,
+        "engine": term.engine if run.engine else _NO_VLLM,
+        "variance": term.variance,
+        "dead_zone": term.dead_zone,
+        "overflow": term.overflow,
+    }
+
+
+_NO_VLLM = "none: the trainer's own model draws the tokens"
+
+
+def _our_properties(run: Run) -> dict[str, Any]:
+    spec = run.spec
+    assert spec is not None
+    coefficient, variance = OURS.get((spec.name, str(spec.credit)), ("see its package", "not known"))
+    combined = "the host's own ratio and clip apply; brought up to date before each later update"
+    engine = "weighted: the behavior policy is vLLM itself, by its own log-probs"
+    if run.combined and run.trainer == "openrlhf":
+        engine = TERMS["openrlhf_reward_k1"].engine
+    elif run.combined and run.trainer == "grpo":
+        engine = "weighted with the policy term by vllm_importance_sampling_correction (the default)"
+    elif run.combined or run.settings.get("algo.advantage.is_correction_level") == "off" or spec.off_policy == "none":
+        engine = NO_ENGINE
+    return {
+        "term": spec.loss.summary,
+        "coefficient": coefficient,
+        "stale": combined if spec.clip == "combined" else OFF_POLICY[spec.off_policy].removeprefix("(default) "),
+        "engine": engine if run.engine else _NO_VLLM,
+        "variance": variance,
+        "dead_zone": "",
+        "overflow": (
+            f"the coefficient is bounded at {spec.coefficient_bound:g}, never zeroed"
+            if spec.coefficient_bound is not None
+            else "none: no exp() is differentiated"
+        ),
+    }
+
+
+def _elsewhere(run: Run, estimator: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for term in TERMS.values():
+        if term.estimator == estimator:
+            names = ("host", "setting", "coefficient", "gradient_of", "dead_zone")
+            rows.append({name: getattr(term, name) for name in names} | {"yours": term is run.term})
+    for name, loss in LOSSES.items():
+        if name.startswith(f"{estimator}_"):
+            mine = run.spec is not None and run.spec.name == name
+            credit = str(run.spec.credit) if run.spec and mine else loss.default_credit
+            row = {"host": "kl_plugins", "setting": f"kl={name}, kl_credit={credit}", "dead_zone": "", "yours": mine}
+            coefficient = OURS.get((name, credit), ("", ""))[0]
+            rows.append(row | {"coefficient": coefficient, "gradient_of": loss.gradient_of[credit]})
+    return rows
+
+
+def not_offered(estimator: str) -> dict[str, str]:
+    """The hosts that don't offer an estimator, with what they use instead."""
+    offered: dict[str, set[str]] = {}
+    for term in TERMS.values():
+        offered.setdefault(term.host, set()).add(term.estimator)
+    return {host: ", ".join(sorted(names)) for host, names in offered.items() if estimator not in names}
