@@ -3,7 +3,8 @@
 Names as in the project's contract: `kl/k1`, `kl/k2`, `kl/k3` are plain token means of the three estimates (nats,
 detached, unweighted), `kl/loss` is beta times the token mean of the term's value (before the host's own reduction),
 `kl/ess` the effective sample size (sum w)^2 / sum w^2 as a share of tokens, `kl/clipped` the share of weights cut,
-`kl/unscored` and `kl/dropped` counts of tokens. All are over everything since the last log.
+`kl/unscored` and `kl/dropped` counts of tokens. All are over everything since the last log; `kl/beta` is the
+coefficient that is in force now (after a controller's update).
 """
 
 from __future__ import annotations
@@ -11,20 +12,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kl_plugins.controllers import Controller
 from kl_plugins.estimators import k1, k2, k3
 from kl_plugins.terms import KLTerms
 
-SUMS = ("tokens", "k1", "k2", "k3", "value", "weight", "weight_squared", "cut", "unscored", "dropped")
+SUMS = ("tokens", "k1", "k2", "k3", "loss", "weight", "weight_squared", "cut", "unscored", "dropped", "sequences")
 # Meaningless where the host's own ratio and clip weigh the coefficients (`clip="combined"`), and logs about them.
 OWN_WEIGHTS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscored")
 
 
-def kl_sums(terms: KLTerms) -> Tensor:
-    """(10,) sums over the counted tokens, to be added over ranks before `kl_metrics` reads them."""
+def kl_sums(terms: KLTerms, *, beta: float) -> Tensor:
+    """(11,) sums over the counted tokens, and how many sequences have one; add them over ranks and micro-batches."""
     u, weight = terms.log_ratio, terms.weight
-    sums = (terms.mask, k1(u), k2(u), k3(u), terms.value, weight, weight.square(), terms.cut, terms.unscored)
+    sums = (terms.mask, k1(u), k2(u), k3(u), beta * terms.value, weight, weight.square(), terms.cut, terms.unscored)
     # A masked position holds log_ratio 0 and weight 0, so every sum is over counted tokens already.
-    return torch.stack([x.sum(dtype=u.dtype) for x in (*sums, terms.dropped)])
+    return torch.stack([x.sum(dtype=u.dtype) for x in (*sums, terms.dropped, terms.mask.any(-1))])
+
+
+def controlled(controller: Controller, sums: Tensor) -> float:
+    """The beta after an update of `controller` on `kl_sums` of all ranks: it holds the plain mean of k1."""
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    return controller.update(kl_sum=total["k1"], tokens=total["tokens"], sequences=total["sequences"])
 
 
 def kl_metrics(sums: Tensor, *, weight_max: Tensor, beta: float) -> dict[str, float]:
@@ -37,7 +45,7 @@ def kl_metrics(sums: Tensor, *, weight_max: Tensor, beta: float) -> dict[str, fl
         "kl/k1": total["k1"] / tokens,
         "kl/k2": total["k2"] / tokens,
         "kl/k3": total["k3"] / tokens,
-        "kl/loss": beta * total["value"] / tokens,
+        "kl/loss": total["loss"] / tokens,
         "kl/ess": total["weight"] ** 2 / squares / tokens if squares else 0.0,
         "kl/weight_max": largest,
         "kl/clipped": total["cut"] / tokens,

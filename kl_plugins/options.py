@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from kl_plugins.controllers import Controller, ControllerSpec
 from kl_plugins.errors import ConfigError
 from kl_plugins.registry import get_loss
 from kl_plugins.spec import KLSpec
 
 # Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
 COEFFICIENT_BOUND = 1e6
+CONTROLLER_OPTIONS = tuple(f.name for f in fields(ControllerSpec))
 
 
 def option(default: Any, help: str) -> Any:
@@ -40,15 +42,29 @@ class KLOptions:
         "error", "A NaN or inf log-prob of the reference: error, or drop (and count) the token."
     )
     kl_allow_biased: bool = option(False, "Let a configuration with a zero or biased gradient through.")
+    kl_controller: str = option(
+        "fixed", "Of beta: fixed; linear or cosine, to kl_beta_end; proportional or pi, towards kl_target."
+    )
+    kl_target: float | None = option(None, "KL to hold, in nats (kl_controller=proportional or pi).")
+    kl_target_per: str = option("token", "What kl_target is a mean over: token, or sequence (sums over its tokens).")
+    kl_horizon: float = option(20.0, "Updates in which a constant relative error e multiplies beta by about exp(e).")
+    kl_beta_end: float | None = option(None, "Where beta ends (kl_controller=linear or cosine).")
+    kl_beta_steps: int | None = option(None, "In how many updates it gets there.")
+    kl_beta_min: float = option(1e-6, "Lower bound of a beta with a target.")
+    kl_beta_max: float = option(100.0, "Upper bound of a beta with a target.")
 
     def kl_spec(self) -> KLSpec | None:
         """The checked `KLSpec` of these fields, or None if `kl` is None. Raises what `KLSpec` raises."""
         if self.kl is None:
             return None
-        options = {name.removeprefix("kl_"): value for name, value in self.kl_options().items()}
+        options = {n.removeprefix("kl_"): v for n, v in self.kl_options().items() if n not in CONTROLLER_OPTIONS}
         if self.kl_coefficient_bound is None and get_loss(self.kl).may_overflow:
             options["coefficient_bound"] = COEFFICIENT_BOUND
         return KLSpec.from_name(self.kl, **options)
+
+    def controller(self, beta: float) -> Controller:
+        """What changes the coefficient `beta` in the course of a training. Raises what `ControllerSpec` raises."""
+        return ControllerSpec(**{name: getattr(self, name) for name in CONTROLLER_OPTIONS}).start(beta)
 
     def spec_problems(self) -> tuple[str, ...]:
         """What `kl_spec` refuses."""
@@ -58,8 +74,16 @@ class KLOptions:
             return error.args
         return ()
 
+    def controller_problems(self, beta: float) -> tuple[str, ...]:
+        """What `controller` refuses."""
+        try:
+            self.controller(beta)
+        except ConfigError as error:
+            return error.args
+        return ()
+
     def kl_options(self) -> dict[str, Any]:
-        """What was chosen for each option of `KLSpec`, under the names of the fields."""
+        """What was chosen for each option but `kl`, under the names of the fields."""
         return {f.name: getattr(self, f.name) for f in fields(KLOptions) if f.name != "kl"}
 
     def changed_kl_options(self) -> list[str]:

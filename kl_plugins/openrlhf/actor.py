@@ -76,7 +76,7 @@ def training_step(host: Host) -> Host:
 
         def term(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
             terms = terms_of(plan, experience, log_probs, log_probs_base)
-            _count(trainer, terms)
+            _count(trainer, terms, beta)
             return terms.loss
 
         with answering(term, expected=1):
@@ -126,7 +126,7 @@ def _advantages_of_now(trainer: Any, plan: Plan, experience: Any, beta: float) -
         base = experience.base_action_log_probs
         now = terms_of(plan, experience, log_probs, base)
         then = terms_of(plan, experience, old_log_probs, base)
-        _count(trainer, now)
+        _count(trainer, now, beta)
         advantages = up_to_date(
             advantages,
             spec=plan.spec,
@@ -151,6 +151,7 @@ def without_baseline(plan: Plan) -> Plan:
 
 
 SCALE = "kl/advantage_scale"
+KL_SUMS = "kl_plugins/sums"
 
 
 def _advantage_scale(experience: Any) -> Tensor:
@@ -165,17 +166,20 @@ def _unexpected(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
     raise PatchError("OpenRLHF asked for a KL in the loss, but the configuration has it in the reward")
 
 
-def _count(trainer: Any, terms: KLTerms) -> None:
+def _count(trainer: Any, terms: KLTerms, beta: float) -> None:
     """Add a micro-batch to what `ppo_train` logs."""
-    sums, largest = kl_sums(terms), terms.weight.max()
+    sums, largest = kl_sums(terms, beta=beta), terms.weight.max()
     so_far = getattr(trainer, "kl_plugins_sums", None)
     if so_far is not None:
         sums, largest = sums + so_far[0], torch.maximum(largest, so_far[1])
     trainer.kl_plugins_sums = sums, largest
 
 
-def _metrics(trainer: Any, beta: float) -> dict[str, float]:
-    """The `kl/*` numbers over all steps of a `ppo_train` and all ranks; none if no rank took a step."""
+def _metrics(trainer: Any, beta: float) -> dict[str, Any]:
+    """The `kl/*` numbers over all steps of a `ppo_train` and all ranks; none if no rank took a step.
+
+    And, for `experience.train_step`, the sums that they were made of.
+    """
     # A rank without a step takes part in the reductions all the same: the others wait for it.
     sums, largest = trainer.kl_plugins_sums or (torch.zeros(len(SUMS)), torch.zeros(()))
     copies = trainer.args.ds.ring_attn_size * trainer.args.ds.tensor_parallel_size  # ranks that hold the same rows
@@ -183,7 +187,7 @@ def _metrics(trainer: Any, beta: float) -> dict[str, float]:
     largest = trainer.strategy.all_reduce(largest.clone(), op="max")
     if not sums.any():
         return {}
-    metrics = kl_metrics(sums, weight_max=largest, beta=beta)
+    metrics: dict[str, Any] = dict(kl_metrics(sums, weight_max=largest, beta=beta))
     if plan_of(trainer.args).in_reward:  # OpenRLHF's own ratio and clip apply, and are logged by it
-        return {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
-    return metrics
+        metrics = {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
+    return metrics | {KL_SUMS: sums.cpu()}

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kl_plugins.advantages import token_cost
+from kl_plugins.controllers import Controller
+from kl_plugins.metrics import controlled
 from kl_plugins.openrlhf import worker
-from kl_plugins.openrlhf.actor import SCALE, Host, answering, terms_of, without_baseline
+from kl_plugins.openrlhf.actor import KL_SUMS, SCALE, Host, answering, terms_of, without_baseline
 from kl_plugins.openrlhf.plan import Plan, plan_of
 from kl_plugins.terms import leave_one_out_baseline
 
@@ -88,19 +90,82 @@ def dispatch_prompts(host: Host) -> Host:
 
 
 def train_step(host: Host) -> Host:
-    """`BasePPOTrainer.train_step`; after the first that trained the policy, every process must have proven itself."""
+    """`BasePPOTrainer.train_step`, after which beta is updated, if the run has a controller of ours.
+
+    After the first that trained the policy, every process must have proven itself.
+    """
 
     def step(trainer: Any, rollout_samples: list[Any], global_step: int) -> Any:
-        result = host(trainer, rollout_samples, global_step)
+        plan = plan_of(trainer.args)
+        controller = _controller(trainer)
+        status, global_step = host(trainer, rollout_samples, global_step)
+        sums = status.pop(KL_SUMS, None)
+        if controller and sums is not None:
+            status["kl/beta"] = controlled(controller, sums)
         worker.report()
-        trained = "policy_loss" in result[0]  # not while only the critic is, nor by a rollout too short for a step
+        trained = "policy_loss" in status  # not while only the critic is, nor by a rollout too short for a step
         if trained and not getattr(trainer, "kl_plugins_proven", False):
             actors = len(trainer.actor_model_group._actor_handlers)
-            worker.require_proof(plan_of(trainer.args), actors=actors)
+            worker.require_proof(plan, actors=actors)
             trainer.kl_plugins_proven = True
-        return result
+        return status, global_step
 
     return step
+
+
+def save_logs_and_checkpoints(host: Host) -> Host:
+    """`BasePPOTrainer.save_logs_and_checkpoints`, with the state of our controller in the checkpoint."""
+
+    def save(trainer: Any, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
+        controller = _controller(trainer)
+        if controller:
+            client_states = {} if client_states is None else client_states  # the best checkpoint is saved from it, too
+            client_states[CONTROLLER] = controller.state_dict()
+        host(trainer, global_step, logs_dict, client_states)
+
+    return save
+
+
+def init_checkpoint_states(host: Host) -> Host:
+    """`BasePPOTrainer.init_checkpoint_states`, from which our controller continues where it was saved."""
+
+    def load(trainer: Any) -> dict[str, Any]:
+        states: dict[str, Any] = host(trainer)
+        controller = _controller(trainer)
+        if controller and CONTROLLER in states:
+            controller.load_state_dict(states[CONTROLLER])
+        return states
+
+    return load
+
+
+CONTROLLER = "kl_controller"
+
+
+class ControlledKL:
+    """In the place of OpenRLHF's own controller, which its trainer and its experience maker ask for `value`."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+
+    @property
+    def value(self) -> float:
+        """Beta."""
+        return self.controller.beta
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Nothing: `train_step` updates it with the sums of the batch, not with the mean that OpenRLHF logs."""
+
+
+def _controller(trainer: Any) -> Controller | None:
+    """Our controller of this run, put into the trainer at first; None if OpenRLHF keeps its own."""
+    plan = plan_of(trainer.args)
+    if plan.controller.kl_controller == "fixed":
+        return None
+    if not isinstance(trainer.kl_ctl, ControlledKL):
+        controller = plan.controller.start(float(trainer.args.algo.kl.init_coef))
+        trainer.kl_ctl = trainer.experience_maker.kl_ctl = ControlledKL(controller)
+    return trainer.kl_ctl.controller  # type: ignore[no-any-return]
 
 
 def _baselines(plan: Plan, experiences: list[Any]) -> list[Tensor | None]:

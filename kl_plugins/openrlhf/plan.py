@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import kl_plugins
+from kl_plugins.controllers import ControllerSpec
 from kl_plugins.errors import ConfigError, PatchError, refuse
 from kl_plugins.options import KLOptions, option
 from kl_plugins.registry import get_loss
@@ -54,6 +55,8 @@ class Plan:
     """Whether OpenRLHF divides the advantages, with a KL in the reward in them, by their standard deviation."""
     group_size: int
     """Completions per prompt."""
+    controller: ControllerSpec
+    """Of beta; `fixed` leaves OpenRLHF's own in place."""
     waived: tuple[str, ...]
     """What is wrong with the run, but was let through by `kl_allow_biased`."""
     version: str
@@ -92,6 +95,7 @@ def plan_run(options: OpenRLHFOptions, args: Any) -> Plan:
         discount=_gamma(args) * lambd,
         normalized=advantage.estimator in _NORMALIZING and not advantage.no_std_norm,
         group_size=args.rollout.n_samples_per_prompt,
+        controller=options.controller(float(args.algo.kl.init_coef)).spec,
         waived=tuple(biased),
         version=kl_plugins.__version__,
     )
@@ -166,6 +170,10 @@ def _flag_problems(options: OpenRLHFOptions, args: Any, in_reward: bool) -> list
     kl, advantage, problems = args.algo.kl, args.algo.advantage, []
     if not 0 < kl.init_coef < math.inf:
         problems.append(f"--algo.kl.init_coef {kl.init_coef}: it is beta; with kl={options.kl} it must be positive")
+    else:
+        problems += options.controller_problems(float(kl.init_coef))
+    if kl.target is not None and options.kl_controller != "fixed":
+        problems.append(f"--algo.kl.target with kl_controller={options.kl_controller!r}: keep one of the two")
     if kl.unbiased_gradient and options.kl != "k2_as_loss":  # whose gradient that is
         problems.append("--algo.kl.unbiased_gradient is about OpenRLHF's own KL, which kl replaces: leave it out")
     if kl.estimator not in ("k1", str(options.kl)[:2]):  # its default, and what a launch script may have
@@ -175,7 +183,7 @@ def _flag_problems(options: OpenRLHFOptions, args: Any, in_reward: bool) -> list
     if kl.target is not None and not in_reward:
         problems.append(
             "--algo.kl.target adapts beta to the KL that OpenRLHF logs, which is wrong for a KL in the loss (it is "
-            "weighted by tokens twice): leave it out"
+            "weighted by tokens twice): use --kl-controller proportional --kl-target ... instead"
         )
     if options.kl_baseline == "leave_one_out" and args.rollout.n_samples_per_prompt < 2:
         problems.append("kl_baseline='leave_one_out' needs --rollout.n_samples_per_prompt of 2 or more")

@@ -52,6 +52,8 @@ class KLFields(KLOptions):
         beta = getattr(self, name)
         if not 0 < beta < math.inf:
             yield f"kl={self.kl!r} with {name}={beta:g}: set a positive finite {name}, or kl=None"
+        else:
+            yield from self.controller_problems(float(beta))
 
 
 def check_trl(*parts: str) -> None:

@@ -19,10 +19,11 @@ from transformers.utils import logging
 from kl_plugins.advantages import token_cost, up_to_date
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.hosts import installed_version
-from kl_plugins.metrics import OWN_WEIGHTS, kl_metrics, kl_sums
+from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.patchfile import load_patches
 from kl_plugins.registry import get_loss
 from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
+from kl_plugins.trl.beta import BetaCallback
 from kl_plugins.trl.fields import Hook, KLFields, check_trl
 from kl_plugins.trl.sampling import model_generation_problems
 from kl_plugins.trl.syntax import HOST, Edit, edited
@@ -204,7 +205,12 @@ class KLInPPO:
         self._kl_weight_max: Tensor | None = None
         self._kl_scale: Tensor | None = None
         self._kl_moved = False  # whether the policy was updated since the rollout
+        self._kl_since_update: Tensor | None = None
         if self.kl_spec is not None:
+            self.kl_beta = float(self.args.kl_coef)
+            self.kl_controller = self.args.controller(self.kl_beta)
+            if self.args.kl_controller != "fixed":
+                self.add_callback(BetaCallback(self, self.kl_controller))
             if not self.kl_spec.allow_biased:
                 refuse(_generation_problems(self.policy_model.generation_config))
             gradient = self.kl_spec.gradient_of
@@ -231,7 +237,7 @@ class KLInPPO:
         self._kl_moved = False
         if not self.args.kl_in_reward:
             return torch.zeros_like(logp)
-        return -float(self.args.kl_coef) * token_cost(self.kl_spec, self.compute_kl_terms(logp, logp, ref_logp, mask))
+        return -self.kl_beta * token_cost(self.kl_spec, self.compute_kl_terms(logp, logp, ref_logp, mask))
 
     def _kl_whitened(self, raw: Tensor, whitened: Tensor, mask: Tensor) -> Tensor:
         """`whitened`, TRL's own, after what it multiplied the (B, T) advantages with was read off it.
@@ -261,7 +267,7 @@ class KLInPPO:
             now=now,
             then=then,
             discount=self.args.gamma * self.args.lam,
-            scale=float(self.args.kl_coef) * self._kl_scale.to(advantages.dtype),  # type: ignore[union-attr]
+            scale=self.kl_beta * self._kl_scale.to(advantages.dtype),  # type: ignore[union-attr]
             normalized=True,
         )
 
@@ -271,14 +277,27 @@ class KLInPPO:
             return torch.zeros_like(logp.detach())
         terms = self.compute_kl_terms(logp, old_logp, ref_logp, mask)
         self._count_kl(terms)
-        return float(self.args.kl_coef) * terms.loss
+        return self.kl_beta * terms.loss
 
     def _count_kl(self, terms: KLTerms) -> None:
         """Add a micro-batch to what the next log reports."""
-        sums, largest = kl_sums(terms), terms.weight.max()
+        sums, largest = kl_sums(terms, beta=self.kl_beta), terms.weight.max()
+        if self.args.kl_controller != "fixed":
+            self._kl_since_update = sums if self._kl_since_update is None else sums + self._kl_since_update
         if self._kl_sums is not None and self._kl_weight_max is not None:
             sums, largest = sums + self._kl_sums, torch.maximum(largest, self._kl_weight_max)
         self._kl_sums, self._kl_weight_max = sums, largest
+
+    def set_beta(self, beta: float) -> None:
+        """Use another coefficient from the next rollout on."""
+        self.kl_beta = beta
+
+    def control_beta(self) -> None:
+        """One update of the controller, on the tokens of all processes' updates of this rollout."""
+        if self._kl_since_update is not None:
+            sums = self.accelerator.reduce(self._kl_since_update, reduction="sum")
+            self._kl_since_update = None
+            self.set_beta(controlled(self.kl_controller, sums))
 
     def kl_metrics(self) -> dict[str, float]:
         """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
@@ -287,7 +306,7 @@ class KLInPPO:
         sums = self.accelerator.reduce(self._kl_sums, reduction="sum")
         largest = self.accelerator.gather(self._kl_weight_max).max()
         self._kl_sums = self._kl_weight_max = None
-        metrics = kl_metrics(sums, weight_max=largest, beta=float(self.args.kl_coef))
+        metrics = kl_metrics(sums, weight_max=largest, beta=self.kl_beta)
         if not self.args.kl_in_reward or self._kl_scale is None:
             return metrics
         metrics = {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}

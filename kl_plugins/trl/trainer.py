@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kl_plugins.errors import PatchError, refuse
-from kl_plugins.metrics import OWN_WEIGHTS, kl_metrics, kl_sums
+from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
+from kl_plugins.trl.beta import BetaCallback
 from kl_plugins.trl.sampling import model_generation_problems
 from kl_plugins.trl.seam import unclaimed_beta
 from kl_plugins.trl.vllm import follow_policy_on_cpu, require_processed_logprobs
@@ -40,7 +41,11 @@ class KLTrainer:
         if self.use_vllm:
             follow_policy_on_cpu(self.vllm_generation)
         if self.kl_spec is not None:
-            self.beta = unclaimed_beta(float(self.beta))
+            self.set_beta(float(self.beta))
+            self.kl_controller = self.args.controller(float(self.beta))
+            self._kl_since_update: Tensor | None = None
+            if self.args.kl_controller != "fixed":
+                self.add_callback(BetaCallback(self, self.kl_controller))
             self._check_sampling()
             self._say_what_is_trained()
 
@@ -130,10 +135,23 @@ class KLTrainer:
 
     def _log_kl(self, terms: KLTerms) -> None:
         """Add a micro-batch to what the next log reports."""
-        mode, sums, weight_max = self._mode(), kl_sums(terms), terms.weight.max()
+        mode, sums, weight_max = self._mode(), kl_sums(terms, beta=float(self.beta)), terms.weight.max()
+        if mode == "train" and self.args.kl_controller != "fixed":
+            self._kl_since_update = sums if self._kl_since_update is None else sums + self._kl_since_update
         if mode in self._kl_sums:
             sums, weight_max = sums + self._kl_sums[mode], torch.maximum(weight_max, self._kl_weight_max[mode])
         self._kl_sums[mode], self._kl_weight_max[mode] = sums, weight_max
+
+    def set_beta(self, beta: float) -> None:
+        """Use another coefficient from the next micro-batch on."""
+        self.beta = unclaimed_beta(beta)
+
+    def control_beta(self) -> None:
+        """One update of the controller, on the training tokens of all processes since the last one."""
+        if self._kl_since_update is not None:
+            sums = self.accelerator.reduce(self._kl_since_update, reduction="sum")
+            self._kl_since_update = None
+            self.set_beta(controlled(self.kl_controller, sums))
 
     def kl_metrics(self) -> dict[str, float]:
         """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""

@@ -18,6 +18,7 @@ from tiny_openrlhf import (
 )
 
 from kl_plugins import KLSpec, PatchError
+from kl_plugins.metrics import SUMS
 from kl_plugins.openrlhf.actor import ppo_train
 from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import Patching, check
@@ -192,7 +193,7 @@ def test_nonfinite_scores_stop_or_are_dropped(make_actor, planned, hooked):
     args = planned(kl="k2_as_loss", kl_nonfinite="drop")
     trainer.args = args
     assert step(trainer, batch)[1].isfinite().all()
-    assert trainer.kl_plugins_sums[0][-1] == 1
+    assert trainer.kl_plugins_sums[0][SUMS.index("dropped")] == 1
 
 
 def bound(target):

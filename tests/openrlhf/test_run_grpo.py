@@ -1,4 +1,4 @@
-"""GRPO with `k2_as_loss`: the launcher, two data-parallel ranks, packed dynamic batches, real Ray, DeepSpeed, vLLM."""
+"""GRPO with `k2_as_loss` and a controlled beta: the launcher, two ranks, packed dynamic batches, real Ray and vLLM."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ def grpo(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("grpo")
     two_ranks = ("--actor.num_gpus_per_node", "2", "--ref.num_gpus_per_node", "2")
     dynamic = ("--train.dynamic_batch_enable", "--ds.packing_samples", "--train.max_tokens_per_gpu", "64")
-    return run(
-        folder, model_folder, "grpo", "--kl", "k2_as_loss", "--kl-off-policy", "token", flags=(*two_ranks, *dynamic)
-    )
+    kl = ("--kl", "k2_as_loss", "--kl-off-policy", "token", "--kl-controller", "proportional", "--kl-target", "1e-6")
+    return run(folder, model_folder, "grpo", *kl, flags=(*two_ranks, *dynamic))
 
 
 def test_it_ends_well_and_says_what_it_does(grpo):
@@ -35,9 +34,12 @@ def test_every_process_proves_itself(grpo):
 
 def test_the_log_line_and_tensorboard_have_the_same_right_numbers(grpo):
     assert len(grpo.steps) == 2
+    beta = 0.05
     for index, step in enumerate(grpo.steps):
-        assert step["kl/beta"] == 0.05
-        assert step["kl/loss"] == pytest.approx(0.05 * step["kl/k2"], rel=1e-5)
+        assert step["kl/loss"] == pytest.approx(beta * step["kl/k2"], rel=1e-5)
+        error = step["kl/k1"] / 1e-6 - 1
+        beta *= 1 + max(min(error, 0.2), -0.2) / 20  # as `kl_plugins.controllers` says
+        assert step["kl/beta"] == pytest.approx(beta, rel=1e-9)
         assert 0 < step["kl/ess"] <= 1
         assert step["kl/weight_max"] > 1
         assert step["kl/k2"] > 0

@@ -231,3 +231,32 @@ def test_nonfinite_reference(make_trainer):
     trainer = make_trainer(Broken, kl="k2_as_loss", kl_nonfinite="drop", updates=1)
     trainer.train()
     assert trainer.state.log_history[-1]["kl/dropped"] == ROWS
+
+
+@pytest.mark.parametrize("kl", ["k1_in_reward", "k2_as_loss"])
+def test_a_controller_moves_beta_after_each_rollout(make_trainer, kl):
+    """A schedule's betas are those of the rewards and losses, and feedback is on the mean over a rollout's updates."""
+    options = {"kl": kl, "updates": 4, "num_ppo_epochs": 2}
+    schedule = {"kl_controller": "linear", "kl_beta_end": 0.05, "kl_beta_steps": 2}
+    trainer = make_trainer(**options, **schedule)
+    used = []
+    reward, term = trainer._kl_reward, trainer._kl_term
+
+    def seen(function):
+        def call(*args):
+            used.append(trainer.kl_beta)
+            return function(*args)
+
+        return call
+
+    trainer._kl_reward, trainer._kl_term = seen(reward), seen(term)
+    trainer.train()
+    betas = [beta for beta in (0.1, 0.075, 0.05, 0.05) for _ in range(3)]  # a rollout, two updates
+    assert used == pytest.approx(betas)
+    logged = [row["kl/beta"] for row in trainer.state.log_history if "kl/beta" in row]
+    assert logged == pytest.approx([0.1, 0.075, 0.05, 0.05])
+
+    held = make_trainer(**options, kl_controller="proportional", kl_target=1e-4, kl_horizon=2.0)
+    held.train()
+    assert held.kl_beta == pytest.approx(0.1 * 1.1**4)  # 0.2 / 2 above, four times
+    assert held.state.stateful_callbacks["kl_controller"] == {"controller": "proportional", "beta": held.kl_beta}

@@ -58,10 +58,12 @@ for name, cls, config, options in [
     _, gradients = loss_and_gradients(trainer, batch)
     results[name] = {"gradients": mean_over_ranks(gradients), "metrics": trainer.kl_metrics(), "baseline": baseline}
 
-trained = trainer_of(GRPOTrainer, GRPOConfig, kl="k2_as_loss", num_iterations=2)
+controlled = {"kl_controller": "pi", "kl_target": 0.01, "kl_target_per": "sequence"}
+trained = trainer_of(GRPOTrainer, GRPOConfig, kl="k2_as_loss", num_iterations=2, **controlled)
 results["start"] = parameters(trained)
 trained.train()
 results["trained"] = parameters(trained)
+results["controller"] = trained.kl_controller.state_dict()
 torch.save(results, f"{out}.{rank}")
 dist.barrier()
 dist.destroy_process_group()

@@ -23,6 +23,12 @@ CONFIGS = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig, GMPOTrainer: GMPOCo
 
 
 @pytest.fixture
+def config_of():
+    """The config of one of our trainers."""
+    return CONFIGS.__getitem__
+
+
+@pytest.fixture
 def make_trainer(model, prompts, tmp_path):
     """`make_trainer(cls, **config)`: a trainer of that class on the tiny model, 4 prompts x 4 completions a batch."""
 

@@ -173,9 +173,7 @@ def test_it_says_what_it_does(apply, make_trainer, caplog):
     first, second = caplog.messages
     assert first.startswith(f"kl_plugins: TRL {trl.__version__}'s own GMPOTrainer, GRPOTrainer, ")
     assert first.endswith("RLOOTrainer and their configs take kl_* options, by default {'kl': 'k2_as_loss'}")
-    assert (
-        "this GRPOTrainer trains with k2_as_loss; its expected on-policy gradient is local_reverse_kl" in second
-    )
+    assert "this GRPOTrainer trains with k2_as_loss; its expected on-policy gradient is local_reverse_kl" in second
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_trl import ARGUMENTS
 
 SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"
 
@@ -51,3 +52,6 @@ def test_training_in_two_processes(results):
     first, second = (results[2][rank]["trained"] for rank in (0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, results[2][0]["start"])
+    one, two = (results[2][rank]["controller"] for rank in (0, 1))
+    assert one == two  # bit for bit
+    assert one["beta"] != ARGUMENTS["beta"]
