@@ -79,9 +79,9 @@ def load_patches(host: str, *parts: str, folder: Path | None = None) -> HostPatc
         raise PatchError(f"{path} is not TOML: {error}") from error
     refuse_all(f"{path} can't be used", list(_wrong(host, data)))
     targets = [_target(**entry) for entry in data["target"]]
-    known = list(dict.fromkeys(target.part for target in targets))
-    if unknown := set(parts) - set(known):
-        raise PatchError(f"{path} has no part {', '.join(sorted(unknown))}: it has {', '.join(known)}")
+    offered = dict.fromkeys(target.part for target in targets)
+    if unknown := set(parts) - set(offered):
+        raise PatchError(f"{path} has no part {', '.join(sorted(unknown))}: it has {', '.join(offered)}")
     chosen = tuple(target for target in targets if not parts or target.part in parts)
     versions = [version for version in data["tested"] if not parts or all(version in t.digests for t in chosen)]
     return HostPatches(host=host, tested=tuple(versions), targets=chosen, parts=parts)

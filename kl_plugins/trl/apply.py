@@ -274,11 +274,15 @@ def _with_fields(hook: Hook, config: Any, options: dict[str, Any]) -> Any:
     return config
 
 
-@functools.cache
-def _derived(first: Any, cls: Any) -> type:
+_DERIVED: dict[tuple[Any, Any], type] = {}
+
+
+def _derived(first: type, cls: type) -> type:
     """A class of the same name as `cls`, with the methods of `first` in front of it."""
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls)(cls.__name__, (first, cls), names | {"__reduce__": _reduce})
+    if (first, cls) not in _DERIVED:
+        names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _DERIVED[first, cls] = type(cls)(cls.__name__, (first, cls), names | {"__reduce__": _reduce})
+    return _DERIVED[first, cls]
 
 
 def _reduce(self: Any) -> tuple[Any, ...]:
