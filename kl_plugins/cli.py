@@ -90,6 +90,9 @@ def trl(context: typer.Context) -> None:
     """
     from kl_plugins.trl.command import run
 
+    if not context.args or context.args[0] in ("-h", "--help"):
+        Console().print(context.get_help(), markup=False, highlight=False)
+        raise typer.Exit(0 if context.args else 2)
     try:
         code = run(context.args)
     except (UnknownLossError, ConfigError, PatchError) as error:

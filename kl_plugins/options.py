@@ -17,9 +17,16 @@ CONTROLLER_OPTIONS = tuple(f.name for f in fields(ControllerSpec))
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with a help text, which command lines show."""
+    metadata = {"help": help, "default": default}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def without_words(options: dict[str, Any]) -> dict[str, Any]:
+    """With None for "none" and "null", where None is an option: a command line has no other way to say it."""
+    may_be_none = {"kl", "kl_credit", "kl_baseline", "kl_clip"} & options.keys()
+    return options | {name: None for name in may_be_none if str(options[name]).lower() in ("none", "null")}
 
 
 @dataclass
@@ -87,13 +94,11 @@ class KLOptions:
         return {f.name: getattr(self, f.name) for f in fields(KLOptions) if f.name != "kl"}
 
     def changed_kl_options(self) -> list[str]:
-        """The options that are not at their default."""
-        defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
+        """The options that are not at the default of this package."""
+        defaults = {f.name: f.metadata["default"] for f in fields(self) if "default" in f.metadata}
         return [name for name in self.kl_options() if getattr(self, name) != defaults[name]]
 
     def _none_from_words(self) -> None:
-        """A command line has no other way to say None."""
-        for name in ("kl", "kl_credit", "kl_baseline", "kl_clip"):
-            if str(getattr(self, name)).lower() in ("none", "null"):
-                setattr(self, name, None)
+        for name, value in without_words({f.name: getattr(self, f.name) for f in fields(KLOptions)}).items():
+            setattr(self, name, value)
         self.kl_weight_clip = list(self.kl_weight_clip)

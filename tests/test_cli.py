@@ -8,12 +8,15 @@ import sys
 
 import pytest
 import trl
+from tiny_openrlhf import import_openrlhf
 from typer.testing import CliRunner
 
 import kl_plugins.hosts
 from kl_plugins import all_losses, registry
 from kl_plugins.cli import app
 from kl_plugins.openrlhf import driver
+from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import ALLOW_UNTESTED, Patching
 
 
 def invoke(*arguments, code=0):
@@ -49,6 +52,7 @@ def test_doctor(monkeypatch):
         "rloo": True,
         "gmpo": True,
         "ppo": False,  # this TRL has none
+        "apply": True,
         "openrlhf": True,
     }
     assert "0.29.0" in trainers["ppo"]["why_not"]
@@ -70,20 +74,38 @@ def test_doctor_fails_if_what_was_asked_for_can_not_be_hooked(monkeypatch, tmp_p
     invoke("doctor")  # by its version alone
     why_not = json.loads(invoke("doctor", "rloo", "--json", code=1))["trainers"]["rloo"]["why_not"]
     assert "trl.trainer.rloo_trainer:RLOOTrainer.log" in why_not
+    invoke("doctor", "apply", code=1)
+
+
+def test_doctor_says_yes_to_an_untested_version_only_where_it_was_checked(monkeypatch):
+    monkeypatch.setattr(kl_plugins.hosts, "version", lambda host: "1.99.0")
+    invoke("doctor", "grpo", code=1)
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    trainers = json.loads(invoke("doctor", "gmpo", "--json"))["trainers"]
+    assert trainers["gmpo"]["can_be_hooked"]
+    assert "ask for it by name to check it" in trainers["grpo"]["why_not"]
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda self, model, inputs: None)
+    invoke("doctor", "gmpo", code=1)
 
 
 def test_doctor_shows_what_is_hooked_in_this_process():
     with kl_plugins.apply_to_trl(kl="k2_as_loss", trainers=["grpo"]):
-        trainers = json.loads(invoke("doctor", "--json"))["trainers"]
-    assert trainers["grpo"]["hooked"] == "in this process: GRPOTrainer.__init__"
-    assert trainers["rloo"]["hooked"] == ""
+        trainers = json.loads(invoke("doctor", "apply", "--json"))["trainers"]
+    assert {name for name, state in trainers.items() if state["hooked"]} == {"grpo", "apply"}
+    assert trainers["grpo"]["how"].startswith("in this process, by apply_to_trl: ")
+    import_openrlhf()
+    with Patching(load_patches("openrlhf")):
+        how = json.loads(invoke("doctor", "--json"))["trainers"]["openrlhf"]["how"]
+    assert how.startswith("in this process: ")
+    assert "ActorPPOTrainer.training_step" in how
 
 
 def test_doctor_shows_what_the_environment_hooks_and_fails_if_it_can_not(monkeypatch):
     monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss")
     monkeypatch.setenv(driver.RAY_HOOK, driver.HOOK)
     trainers = json.loads(invoke("doctor", "--json"))["trainers"]
-    assert trainers["openrlhf"]["hooked"] == "in what is started from here: --kl k2_as_loss"
+    assert trainers["openrlhf"]["hooked"]
+    assert trainers["openrlhf"]["how"] == "in what is started from here: --kl k2_as_loss"
     monkeypatch.delenv(driver.RAY_HOOK)
     trainers = json.loads(invoke("doctor", "--json", code=1))["trainers"]
     assert "RAY_RUNTIME_ENV_HOOK=kl_plugins.openrlhf.driver.runtime_env_hook is not" in trainers["openrlhf"]["why_not"]

@@ -13,7 +13,7 @@ from trl_versions import environment
 from kl_plugins.hosts import installed_version
 from kl_plugins.patchfile import load_patches
 
-SUITE = ("term", "config", "identity", "exact", "every_configuration", "apply", "drift")
+SUITE = ("term", "config", "identity", "exact", "every_configuration", "apply", "drift", "command")
 OLDEST, *BETWEEN = [version for version in load_patches("trl", "grpo").tested if version != installed_version("trl")]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a whole suite in one test

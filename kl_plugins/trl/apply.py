@@ -1,36 +1,40 @@
 """`apply_to_trl`: the KL for scripts that keep TRL's own imports, and for TRL's command line.
 
-TRL's classes stay the objects that they are, so that it doesn't matter who imported them when, or derives from them.
-The `__init__` of its trainers is replaced (`patches/trl.toml`, the parts `apply_*`): a trainer that is made with `kl`
-set gets the methods of `kl_plugins.trl` in front of its own. Its configs get the `kl_*` fields.
+In TRL's modules the names of its trainers and configs are given to the classes of `kl_plugins.trl`, which derive from
+them: `from trl import GRPOTrainer` gets ours from then on. So that nothing slips through, the `__init__` of TRL's own
+trainers (`patches/trl.toml`, the parts `apply_*`) refuses to make one that was imported before. The modules that
+define them stay as they are: their digests are checked there, and by these names they are pickled.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, field, fields, make_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
-from types import TracebackType
+from itertools import product
+from types import ModuleType, TracebackType
 from typing import Any, get_type_hints
 
 from transformers.utils import logging
 
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.hosts import installed_version
-from kl_plugins.options import KLOptions
-from kl_plugins.patchfile import load_patches, refuse_all
+from kl_plugins.options import KLOptions, without_words
+from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import Binding, Patching, untested_allowed
-from kl_plugins.trl.fields import Hook, KLFields
+from kl_plugins.trl.fields import NO_KL, Hook, KLFields
 
 logger = logging.get_logger(__name__)
 
-# In the order in which they are asked whose trainer it is: GMPO's is a GRPOTrainer, too.
-# name -> TRL's module, and the parts of patches/trl.toml.
+# name -> TRL's module, and the parts of patches/trl.toml. In the order in which they are asked whose trainer it is:
+# GMPO's is a GRPOTrainer, too.
 TRAINERS = {
     "gmpo": ("trl.experimental.gmpo", ("grpo", "gmpo", "apply_grpo")),
     "grpo": ("trl.trainer.grpo_trainer", ("grpo", "apply_grpo")),
@@ -38,22 +42,26 @@ TRAINERS = {
     "ppo": ("trl.experimental.ppo", ("ppo", "apply_ppo")),
 }
 _applied: AppliedToTRL | None = None
+_lock = threading.RLock()
 
 
 def apply_to_trl(*, trainers: Sequence[str] | None = None, require_kl: bool = False, **options: Any) -> AppliedToTRL:
-    """Let TRL's own `GRPOTrainer`, `RLOOTrainer`, `GMPOTrainer` and `PPOTrainer` train with the KL that is named.
+    """Let `from trl import GRPOConfig, GRPOTrainer` get trainers with the KL that is named, and RLOO, GMPO and PPO.
 
     ```python
-    kl_plugins.apply_to_trl(kl="k2_as_loss")  # before or after `from trl import GRPOConfig, GRPOTrainer`
+    kl_plugins.apply_to_trl(kl="k2_as_loss")  # before anything is imported from trl
+    from trl import GRPOConfig, GRPOTrainer
     ```
 
-    From then on TRL's own configs have the `kl_*` fields, with `options` as their defaults, in Python, YAML and on
-    the command line, and its own trainers, and classes that derive from them, use them. `GRPOConfig(kl=None)` leaves
-    a trainer as it is. Says on stderr what it did. A second call with the same arguments does nothing more.
+    TRL's names stand for the classes of `kl_plugins.trl` from then on, with `options` as the defaults of the `kl_*`
+    fields of the configs, in Python, YAML and on the command line. `GRPOConfig(kl=None)` is TRL's own. A class that
+    was imported or derived before, or imported from the very module that defines it (`trl.trainer.grpo_trainer`), is
+    refused when a trainer is made. Says on stderr what it did. A second call with the same arguments does nothing
+    more, and takes one more `undo`.
 
     Args:
         trainers: Of "grpo", "rloo", "gmpo" and "ppo"; by default all that the installed TRL has.
-        require_kl: Refuse configs without a `kl`.
+        require_kl: Refuse trainers without a `kl`.
         options: Defaults of the `kl_*` fields (`kl_plugins.trl.GRPOConfig`).
 
     Returns:
@@ -64,16 +72,26 @@ def apply_to_trl(*, trainers: Sequence[str] | None = None, require_kl: bool = Fa
         PatchError: For a TRL that isn't as it was tested, or if it was applied with other options. Nothing is changed.
     """
     global _applied
-    asked = AppliedToTRL(trainers, require_kl, options)
-    if _applied is not None:
-        if _applied.arguments != asked.arguments:
+    with _lock:
+        asked = AppliedToTRL(trainers, require_kl, options)
+        if _applied is None:
+            asked._apply()
+            _applied = asked
+        elif _applied.arguments != asked.arguments:
             raise PatchError(
                 f"apply_to_trl was asked for {asked.arguments}, but is in force with {_applied.arguments}: undo() that"
             )
+        elif _applied.times == 0:
+            raise PatchError(
+                "apply_to_trl is half undone, since undo() met what somebody else had replaced: see there"
+            )
+        _applied.times += 1
         return _applied
-    asked.apply()
-    _applied = asked
-    return asked
+
+
+def in_force() -> AppliedToTRL | None:
+    """What `apply_to_trl` did in this process, if it wasn't undone."""
+    return _applied
 
 
 class AppliedToTRL:
@@ -81,58 +99,73 @@ class AppliedToTRL:
 
     def __init__(self, trainers: Sequence[str] | None, require_kl: bool, options: dict[str, Any]) -> None:
         known = [name for name, (module, _) in TRAINERS.items() if _exists(module)]
-        chosen = known if trainers is None else list(trainers)
-        refuse([f"trainers={name!r}: this TRL has {', '.join(sorted(known))}" for name in chosen if name not in known])
-        self.arguments = {"trainers": sorted(chosen), "require_kl": require_kl, **options}
-        self.options = options
-        self.hooks: list[Hook] = []
-        self._chosen = [name for name in TRAINERS if name in chosen]
-        self._configs: list[_ConfigWithFields] = []
-        parts = dict.fromkeys(part for name in self._chosen for part in TRAINERS[name][1])
-        patches = load_patches("trl", *parts)
-        self._patching = Patching(patches, owner="kl_plugins.apply_to_trl", allow_untested=untested_allowed())
-
-    def apply(self) -> None:
-        """Change TRL's classes, or raise and change none."""
-        self._patching.apply()  # checks the version first
-        try:
-            self.hooks = [import_module(f"kl_plugins.trl.{name}").HOOK for name in self._chosen]
-            self._check_options()
-            for hook in self.hooks:
-                self._configs.append(_ConfigWithFields(hook, self))
-        except BaseException:
-            self._restore()
-            raise
-        names = ", ".join(sorted(hook.trainer.__name__ for hook in self.hooks))
-        default = f"by default {self.options}" if self.options else "and none is set"
-        logger.warning(
-            f"kl_plugins: TRL {installed_version('trl')}'s own {names} and their configs take kl_* options, {default}"
+        chosen = known if trainers is None else [trainers] if isinstance(trainers, str) else list(trainers)
+        self.trainers = [name for name in known if name in chosen]
+        wrong = [f"trainers={name!r}: this TRL has {', '.join(sorted(known))}" for name in chosen if name not in known]
+        refuse(wrong or ([] if chosen else ["trainers=[] are none: leave it out for all"]))
+        self.require_kl = require_kl
+        self.options = without_words(
+            {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+        )
+        self.times = 0
+        """How often it was asked for, less how often it was undone."""
+        self.hooks: dict[str, Hook] = {}
+        self._names: dict[type, type] = {}  # TRL's class -> ours
+        parts = dict.fromkeys(part for name in self.trainers for part in TRAINERS[name][1])
+        self._patching = Patching(
+            load_patches("trl", *parts), owner="kl_plugins.apply_to_trl", allow_untested=untested_allowed()
         )
 
-    def undo(self) -> None:
-        """Put TRL's own objects back; trainers that were made meanwhile keep their KL.
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of `apply_to_trl`, the trainers by name."""
+        return {"trainers": self.trainers, "require_kl": self.require_kl, **self.options}
 
-        Raises `PatchError` for what somebody else has replaced since, and leaves that as it is.
+    def _apply(self) -> None:
+        """Change TRL's modules, or raise and change none."""
+        try:
+            _quietly(self._patching.apply)
+        except PatchError as error:
+            tested = [name for name in self.trainers if installed_version("trl") in load_patches("trl", name).tested]
+            if tested and len(tested) < len(self.trainers):
+                error.add_note(f"apply_to_trl(trainers={tested}) leaves out those that were not tested here")
+            raise
+        try:
+            for name in self.trainers:
+                self.hooks[name] = _quietly(import_module, f"kl_plugins.trl.{name}").HOOK
+            self._check_options()
+            for hook in self.hooks.values():
+                self._names |= {hook.trainer: hook.our_trainer, hook.config: self._config_of(hook)}
+            _rename(self._names)
+        except BaseException:
+            self._patching.undo()
+            raise
+        names = ", ".join(sorted(hook.trainer.__name__ for hook in self.hooks.values()))
+        default = f"by default {self.options}" if self.options else "none of them set"
+        logger.warning(f"kl_plugins: TRL {installed_version('trl')}'s {names} have kl_* options now, {default}")
+
+    def undo(self) -> None:
+        """Give TRL's names back, if this was the last to be undone; trainers that were made meanwhile keep their KL.
+
+        Raises `PatchError` for what somebody else has replaced since, and leaves that as it is; call it again then.
         """
         global _applied
-        if _applied is not self:
-            return
-        self._restore()
-        _applied = None
-
-    def _restore(self) -> None:
-        problems = [problem for config in reversed(self._configs) if (problem := config.undo())]
-        try:
-            self._patching.undo()
-        except PatchError as error:
-            problems.append(str(error))
-        refuse_all("TRL can't be restored", problems)
+        with _lock:
+            if _applied is not self:
+                return
+            self.times = max(self.times - 1, 0)
+            if self.times == 0:
+                _rename({ours: trls for trls, ours in self._names.items()})
+                self._patching.undo()
+                _applied = None
 
     def bindings(self) -> list[Binding]:
         """What is replaced in this process, and how often it was called."""
-        return self._patching.bindings()
+        return [binding for binding in self._patching.bindings() if binding.role != "check"]
 
     def __enter__(self) -> AppliedToTRL:
+        if _applied is not self:
+            raise PatchError("this apply_to_trl was undone: call it again")
         return self
 
     def __exit__(
@@ -140,106 +173,90 @@ class AppliedToTRL:
     ) -> None:
         self.undo()
 
-    def options_of(self, hook: Hook) -> dict[str, Any]:
-        """Those of the options that a config of this trainer has."""
-        return {name: value for name, value in self.options.items() if name in _fields_of(hook)}
+    def check_trainer(self, trainer: Any, args: Any) -> None:
+        """Raise for a trainer, about to be made with `args`, that would train on TRL's own KL unasked."""
+        name = next((name for name in TRAINERS if _is_one(trainer, name)), None)
+        if name not in self.hooks:
+            return
+        hook = self.hooks[name]
+        before = "was not imported from trl, or derived from what was, after apply_to_trl: call that above the imports"
+        if not isinstance(trainer, hook.methods):
+            raise PatchError(f"{type(trainer).__module__}.{type(trainer).__name__} {before}")
+        if args is not None and not isinstance(args, KLFields):
+            raise PatchError(f"the {type(args).__name__} that {type(trainer).__name__} was given {before}")
+        refuse([NO_KL] if self.require_kl and args is not None and args.kl is None else [])
 
-    def config(self, hook: Hook, given: Any) -> Any:
-        """The config of a trainer: as given, if it has the fields; else a copy with the options in it."""
-        if not isinstance(given, KLFields) and self.options.get("kl") is not None:
-            given = _with_fields(hook, given, self.options_of(hook))
-        if self.require_kl and getattr(given, "kl", None) is None:
-            refuse([NO_KL])
-        return given
+    def _config_of(self, hook: Hook) -> type:
+        """Our config with `options` as defaults, under TRL's name. It is saved as `hook.our_config`."""
+        hints = get_type_hints(hook.our_config)
+        known = {f.name: f for f in fields(hook.fields)}
+        changed = [
+            (name, hints[name], _with_default(known[name], value))
+            for name, value in self.options.items()
+            if name in known
+        ]
 
-    @property
-    def require_kl(self) -> bool:
-        """Whether configs without a `kl` are refused."""
-        return bool(self.arguments["require_kl"])
+        def reduce(config: Any) -> tuple[Any, ...]:
+            return _restored, (hook.our_config, config.__dict__)
+
+        namespace = {"__reduce__": reduce, "kl_required": self.require_kl}
+        made = make_dataclass(hook.config.__name__, changed, bases=(hook.our_config,), namespace=namespace)
+        for name in ("__module__", "__qualname__", "__doc__"):
+            setattr(made, name, getattr(hook.config, name))
+        return made
 
     def _check_options(self) -> None:
-        known = {name for hook in self.hooks for name in _fields_of(hook)}
+        known = {f.name for hook in self.hooks.values() for f in fields(hook.fields)}
         problems = []
-        for name in self.options.keys() - known:
+        for name in sorted(self.options.keys() - known):
             close = get_close_matches(name, known, n=1)
             problems.append(
-                f"{name} is no option of {', '.join(self._chosen)}" + f"; did you mean {close[0]}?" * bool(close)
+                f"{name} is no option of {', '.join(self.trainers)}" + f"; did you mean {close[0]}?" * bool(close)
             )
         refuse(problems)
         shared = {f.name for f in fields(KLOptions)} & self.options.keys() - {"kl_baseline"}
         KLOptions(**{name: self.options[name] for name in shared}).kl_spec()
 
 
-NO_KL = "no KL was named: add kl=... (--kl NAME), or start TRL itself to train with its own"
-
-
 def with_kl(init: Callable[..., None]) -> Callable[..., None]:
-    """What takes the place of the `__init__` of one of TRL's trainers."""
+    """What takes the place of the `__init__` of one of TRL's trainers: it, after `AppliedToTRL.check_trainer`."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        applied = _applied
-        hook = next((each for each in applied.hooks if isinstance(self, each.trainer)), None) if applied else None
-        if applied is None or hook is None or isinstance(self, hook.methods):
-            init(self, *args, **kwargs)
-            return
-        bound = signature.bind(self, *args, **kwargs)
-        if bound.arguments.get("args") is not None:
-            bound.arguments["args"] = applied.config(hook, bound.arguments["args"])
-        init(*bound.args, **bound.kwargs)
-        if getattr(self.args, "kl", None) is not None:
-            cls = type(self)
-            self.__class__ = hook.our_trainer if cls is hook.trainer else _derived(hook.methods, cls)
-            self.start_kl()
-            gradient = f"its expected on-policy gradient is {self.kl_spec.gradient_of}"
-            logger.warning(f"kl_plugins: this {cls.__name__} trains with {self.kl_spec.name}; {gradient}")
+        if _applied is not None:
+            _applied.check_trainer(self, signature.bind(self, *args, **kwargs).arguments.get("args"))
+        init(self, *args, **kwargs)
 
     return __init__
 
 
-class _ConfigWithFields:
-    """One of TRL's config classes with the `kl_*` fields, in place, until it is undone."""
+def _quietly(import_: Callable[..., Any], *args: Any) -> Any:
+    """Without TRL's warning that something experimental is imported, which nobody here asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")
+        return import_(*args)
 
-    def __init__(self, hook: Hook, applied: AppliedToTRL) -> None:
-        self.config = hook.config
-        names = ("__init__", "__dataclass_fields__", "__annotations__")
-        self._own = {name: vars(self.config)[name] for name in names if name in vars(self.config)}
-        own_init, options = self._own["__init__"], applied.options_of(hook)
 
-        @functools.wraps(hook.our_config.__init__)  # type: ignore[misc]
-        def __init__(config: Any, *args: Any, **kwargs: Any) -> None:
-            if type(config) is not self.config:  # a class that derives from it without being a dataclass
-                own_init(config, *args, **kwargs)
-                return
-            config.__class__ = hook.our_config
-            config.__init__(*args, **options | kwargs)
-            if applied.require_kl and config.kl is None:
-                refuse([NO_KL])
+def _rename(names: dict[type, type]) -> None:
+    """In all modules of TRL but those that define them, whatever stands for one of the keys stands for its value."""
+    for package, cls in product(("trl", "trl.trainer"), names):
+        getattr(import_module(package), cls.__name__, None)  # they look their names up on first use
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and name.partition(".")[0] == "trl":
+            for attribute, found in list(vars(module).items()):
+                if (
+                    isinstance(found, type)
+                    and found in names
+                    and name not in (found.__module__, names[found].__module__)
+                ):
+                    setattr(module, attribute, names[found])
 
-        hints = get_type_hints(hook.our_config)
-        added = {f.name: _with_default(f, options) for f in _fields_of(hook).values()}
-        self._ours = {
-            "__init__": __init__,
-            "__dataclass_fields__": {**vars(hook.our_config)["__dataclass_fields__"], **added},
-            "__annotations__": {**self._own.get("__annotations__", {}), **{name: hints[name] for name in added}},
-        }
-        for name, value in self._ours.items():
-            setattr(self.config, name, value)
 
-    def undo(self) -> str:
-        """Put TRL's own back; if something else is there, leave it and say so. Done once, it does nothing more."""
-        now = {name: vars(self.config).get(name) for name in self._ours}
-        if all(now[name] is self._own.get(name) for name in now):
-            return ""
-        if any(now[name] is not value for name, value in self._ours.items()):
-            return f"{self.config.__module__}:{self.config.__name__} was changed by somebody else: undo that first"
-        for name in self._ours:
-            if name in self._own:
-                setattr(self.config, name, self._own[name])
-            else:
-                delattr(self.config, name)
-        return ""
+def _is_one(trainer: Any, name: str) -> bool:
+    """Whether it is one of TRL's trainers of that name."""
+    module = TRAINERS[name][0]
+    return any(cls.__module__.startswith(module) for cls in type(trainer).__mro__)
 
 
 def _exists(module: str) -> bool:
@@ -249,49 +266,13 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _fields_of(hook: Hook) -> dict[str, Field]:
-    return {f.name: f for f in fields(hook.fields)}  # type: ignore[arg-type]
+def _with_default(known: Field, value: Any) -> Any:
+    if isinstance(value, list):
+        return field(default_factory=functools.partial(list, value), metadata=known.metadata)
+    return field(default=value, metadata=known.metadata)
 
 
-def _with_default(field: Field, options: dict[str, Any]) -> Field:
-    field = copy.copy(field)
-    if field.name in options:
-        value = options[field.name]
-        field.default, field.default_factory = (
-            (MISSING, lambda: value) if isinstance(value, list) else (value, MISSING)
-        )
-    return field
-
-
-def _with_fields(hook: Hook, config: Any, options: dict[str, Any]) -> Any:
-    """A copy of a config that has no `kl_*` fields, with them."""
-    config = copy.copy(config)
-    cls = type(config)
-    config.__class__ = hook.our_config if cls is hook.config else _derived(hook.fields, cls)
-    for f in map(functools.partial(_with_default, options=options), _fields_of(hook).values()):
-        setattr(config, f.name, f.default_factory() if callable(f.default_factory) else f.default)
-    config.check_kl()
+def _restored(cls: type, state: dict[str, Any]) -> Any:
+    config: Any = object.__new__(cls)
+    config.__dict__.update(state)
     return config
-
-
-_DERIVED: dict[tuple[Any, Any], type] = {}
-
-
-def _derived(first: type, cls: type) -> type:
-    """A class of the same name as `cls`, with the methods of `first` in front of it."""
-    if (first, cls) not in _DERIVED:
-        names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-        _DERIVED[first, cls] = type(cls)(cls.__name__, (first, cls), names | {"__reduce__": _reduce})
-    return _DERIVED[first, cls]
-
-
-def _reduce(self: Any) -> tuple[Any, ...]:
-    """Saves an object of a class that `_derived` made (TRL saves its configs) with the two that it was made of."""
-    first, cls = type(self).__bases__
-    return _restored, (first, cls, self.__dict__)
-
-
-def _restored(first: type, cls: type, state: dict[str, Any]) -> Any:
-    self: Any = object.__new__(_derived(first, cls))
-    self.__dict__.update(state)
-    return self

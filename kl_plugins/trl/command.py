@@ -5,7 +5,6 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from kl_plugins.errors import refuse
 from kl_plugins.patchfile import load_patches
@@ -32,9 +31,7 @@ def run(arguments: list[str]) -> int:
 def launch_with_kl(launch: Callable[..., None]) -> Callable[..., None]:
     """In the place of TRL's launcher: `accelerate launch` of this module, which then runs TRL's script."""
 
-    def launch_training_script(
-        script_name: str, launch_args: list[str], training_script_args: list[str], **parts: Any
-    ) -> None:
+    def launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
         from accelerate.commands.launch import launch_command, launch_command_parser
 
         script = ["--module", "kl_plugins.trl.command", script_name.removesuffix(".py"), *training_script_args]

@@ -54,6 +54,8 @@ class GRPOFields(OnlineFields):
 
     def _contradictions(self) -> Iterator[str]:
         yield from super()._contradictions()
+        if self.use_liger_kernel and hasattr(trl.GRPOTrainer, "compute_liger_loss"):  # until 1.13
+            yield "use_liger_kernel=True: this TRL then computes its loss with its own KL in it; leave it out"
         if not self.use_bias_correction_kl:
             yield "use_bias_correction_kl=False is about TRL's own KL, which kl replaces: use kl_off_policy"
         if self.kl_clip == "combined":

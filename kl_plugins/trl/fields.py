@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kl_plugins.errors import refuse
@@ -12,12 +12,16 @@ from kl_plugins.options import KLOptions
 from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import check, untested_allowed
 
+NO_KL = "no KL was named: add kl=... (--kl NAME), or start TRL itself to train with its own"
+
 
 class KLFields(KLOptions):
     """Mixed into a config of TRL, in front of TRL's own class."""
 
     kl_beta_field = "beta"
     """TRL's name for the coefficient of the KL."""
+    kl_required = False
+    """Whether `kl=None` is refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # TRL's
@@ -27,7 +31,11 @@ class KLFields(KLOptions):
         """Refuse, before any model is loaded, what can't be trained as it is asked for; see the configs."""
         self._none_from_words()
         if self.kl is None:
-            changed = self.changed_kl_options()
+            refuse([NO_KL] if self.kl_required else [])
+            defaults = {
+                f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)
+            }
+            changed = [name for name in self.changed_kl_options() if getattr(self, name) != defaults[name]]
             refuse([f"{', '.join(changed)} set, but kl is None: name a configuration with kl=..."] if changed else [])
             return
         self._check_host()
@@ -78,4 +86,6 @@ class Hook:
     our_config: type
     """`fields` in front of `config`."""
     methods: type
+    """What is in front."""
     fields: type[KLFields]
+    """What is in front."""

@@ -11,7 +11,7 @@ from trl.experimental import gmpo as host
 
 from kl_plugins.errors import refuse
 from kl_plugins.trl.config import GRPOFields
-from kl_plugins.trl.fields import Hook
+from kl_plugins.trl.fields import Hook, check_trl
 from kl_plugins.trl.grpo import KLInGRPO
 from kl_plugins.trl.trainer import completion_mask
 
@@ -43,8 +43,9 @@ class KLInGMPO(KLInGRPO):
     def start_kl(self) -> None:
         """What is to be done once TRL has made the trainer."""
         super().start_kl()
-        if self.kl_spec is not None and self.kl_spec.clip == "combined":  # of another config than `GMPOConfig`
-            refuse([COMBINED])
+        if self.kl_spec is not None:  # of whichever config
+            check_trl(*GMPOFields.kl_part.split())
+            refuse([COMBINED] if self.kl_spec.clip == "combined" else [])
 
     def _reduced(self, term: Tensor, inputs: dict[str, Any]) -> Tensor:
         mask = completion_mask(inputs)

@@ -40,6 +40,17 @@ class HostBeta(float):
             )
         return term
 
+    __rmul__ = __mul__
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`tensor * beta` is a product, too; in anything else it is the number."""
+        if function.__name__ in ("mul", "__mul__", "multiply") and len(args) == 2 and not kwargs:
+            beta = next(arg for arg in args if isinstance(arg, cls))
+            return beta * next(arg for arg in args if arg is not beta)
+        args = [float(arg) if isinstance(arg, cls) else arg for arg in args]
+        return function(*args, **{k: float(v) if isinstance(v, cls) else v for k, v in (kwargs or {}).items()})
+
     def __reduce__(self) -> tuple[Any, ...]:  # a copied or saved config is guarded as the original is
         return unclaimed_beta, (float(self),)
 
@@ -68,8 +79,8 @@ def unclaimed_beta(beta: float) -> HostBeta:
 
     def unclaimed(_host_kl: Tensor) -> Tensor:
         raise PatchError(
-            "kl is set in a kl_plugins.trl config, but TRL's own KL was about to be used: use the trainer of the same "
-            "name from kl_plugins.trl (a subclass must call its _compute_loss), or set kl=None"
+            "kl is set in the config, but TRL's own KL was about to be used: use the trainer of the same name from "
+            "kl_plugins.trl, or apply_to_trl (a subclass must call its _compute_loss), or set kl=None"
         )
 
     return HostBeta(beta, unclaimed)

@@ -25,6 +25,7 @@ class KLTrainer:
     """Mixed into a TRL trainer. `kl_spec` is what `args.kl*` asked for; None leaves every method TRL's own."""
 
     _on_logps: Callable[[Tensor], None] | None = None
+    _kl_made = 0  # terms, in training steps
     length_normalized = ""
     """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
 
@@ -74,6 +75,17 @@ class KLTrainer:
         if self._on_logps is not None:
             self._on_logps(scored[0])
         return scored
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's. `PatchError`, before the optimizer's step, if none of our terms was in the loss."""
+        made = self._kl_made
+        loss = super().training_step(*args, **kwargs)
+        if self.kl_spec is not None and self.beta != 0 and self._kl_made == made:
+            raise PatchError(
+                f"kl={self.kl_spec.name!r} was asked for, but the loss of {type(self).__name__} was computed without "
+                "it: a subclass must call the compute_loss and _compute_loss of kl_plugins.trl"
+            )
+        return loss
 
     @contextmanager
     def _logps_seen_by(self, see: Callable[[Tensor], None], times: int):
@@ -135,6 +147,7 @@ class KLTrainer:
 
     def _log_kl(self, terms: KLTerms) -> None:
         """Add a micro-batch to what the next log reports."""
+        self._kl_made += 1
         mode, sums, weight_max = self._mode(), kl_sums(terms, beta=float(self.beta)), terms.weight.max()
         if mode == "train" and self.args.kl_controller != "fixed":
             self._kl_since_update = sums if self._kl_since_update is None else sums + self._kl_since_update

@@ -40,25 +40,29 @@ def test_refused_or_trained(make_trainer, parameters, covers, name):
 
 @pytest.mark.parametrize("kl", ["k1_in_reward", "k2_as_loss"])
 def test_apply_to_trl(make_trainer, parameters, kl):
-    """TRL's own classes, imported before, as ours bit for bit; and no trace when it is undone."""
-    own = [{k: id(v) for k, v in vars(cls).items()} for cls in (stock.PPOTrainer, stock.PPOConfig)]
+    """What is imported from TRL then is ours, bit for bit; what was before is refused; and no trace when undone."""
+    names = (stock, stock.ppo_trainer, stock.ppo_config)
+    before = [{k: id(v) for k, v in vars(each).items()} for each in (*names, stock.PPOTrainer, stock.PPOConfig)]
+    own, own_config = stock.PPOTrainer, stock.PPOConfig
 
     def train(*args, **options):
         trainer = make_trainer(*args, **options)
         trainer.train()
         return trainer
 
-    wanted = train(kl=kl)
-    before = train(stock.PPOTrainer, config=stock.PPOConfig)
+    wanted, plain = train(kl=kl), train(own, config=own_config)
     with kl_plugins.apply_to_trl(trainers=["ppo"], kl=kl):
         found = train(stock.PPOTrainer, config=stock.PPOConfig)
-        assert (type(found), type(found.args)) == (PPOTrainer, PPOConfig)
+        assert type(found) is PPOTrainer
+        assert isinstance(found.args, PPOConfig)
+        for cls, config in ((own, stock.PPOConfig), (PPOTrainer, own_config)):
+            with pytest.raises(PatchError, match=r"was not imported from trl, .*after apply_to_trl"):
+                make_trainer(cls, config=config)
     assert torch.equal(parameters(found), parameters(wanted))
-    assert torch.equal(parameters(found), parameters(before)) == (kl == "k1_in_reward")  # with one update: TRL's own
-    after = train(stock.PPOTrainer, config=stock.PPOConfig)
-    assert type(after) is stock.PPOTrainer
-    assert torch.equal(parameters(after), parameters(before))
-    assert [{k: id(v) for k, v in vars(cls).items()} for cls in (stock.PPOTrainer, stock.PPOConfig)] == own
+    assert torch.equal(parameters(found), parameters(plain)) == (kl == "k1_in_reward")  # with one update: TRL's own
+    after = [{k: id(v) for k, v in vars(each).items()} for each in (*names, stock.PPOTrainer, stock.PPOConfig)]
+    assert after == before
+    assert torch.equal(parameters(train(stock.PPOTrainer, config=stock.PPOConfig)), parameters(plain))
 
 
 @pytest.mark.parametrize("edit", EDITS)

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from drift import change
 from matrix import CONFIGURATIONS, REFUSED, TRAINED
 from tiny_trl import BETA, kl_part, loss_and_gradients, micro_batch
 
-from kl_plugins import ConfigError, kl_terms
-from kl_plugins.trl import GMPOTrainer, GRPOTrainer, RLOOTrainer
+from kl_plugins import ConfigError, PatchError, kl_terms
+from kl_plugins.patchfile import load_patches
+from kl_plugins.trl import GMPOConfig, GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOTrainer
 
 TRAINERS = {
     # GRPO's loss_type is dapo by default: the batch's tokens
@@ -84,16 +86,42 @@ def test_gmpo_is_trls_own_with_plain_k3(make_trainer):
     assert (loss_and_gradients(wrong, batch)[1] - gradients).norm() > 1e-3 * gradients.norm()
 
 
-def test_gmpo_refuses_a_kl_in_its_advantage(make_trainer):
+def test_gmpo_leaves_tool_tokens_out(make_trainer):
+    trainer = make_trainer(GMPOTrainer, kl="k2_as_loss")
+    batch = micro_batch(trainer, ragged=False)
+    batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+    batch["tool_mask"][:, 2:4] = 0
+    _, found = kl_part(trainer, batch)
+    counted = batch | {"completion_mask": batch["completion_mask"] * batch["tool_mask"]}
+    # The attention mask stays that of all tokens.
+    trainer.model.zero_grad()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 6)
+    mask = counted["completion_mask"]
+    names = {"ref_logp": "ref_per_token_logps", "behavior_logp": "old_per_token_logps"}
+    loss = kl_terms(trainer.kl_spec, logp=logp, mask=mask, **{k: batch[name] for k, name in names.items()}).loss
+    (BETA * ((loss * mask).sum(-1) / mask.sum(-1)).mean()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("config", [GMPOConfig, GRPOConfig])
+def test_gmpo_refuses_a_kl_in_its_advantage(make_trainer, config):
     with pytest.raises(ConfigError, match="GMPO's advantage is one number a sequence"):
-        make_trainer(GMPOTrainer, kl="k1_in_reward", kl_clip="combined")
+        make_trainer(GMPOTrainer, config=config, kl="k1_in_reward", kl_clip="combined")
+
+
+def test_gmpo_checks_its_own_loss_whatever_its_config(make_trainer, monkeypatch, tmp_path):
+    (target,) = load_patches("trl", "gmpo").targets
+    change(target, "body", tmp_path, monkeypatch)
+    with pytest.raises(PatchError, match=r"GMPOTrainer._compute_loss: its source has digest"):
+        make_trainer(GMPOTrainer, config=GRPOConfig, kl="k2_as_loss")
 
 
 def test_a_trainer_that_reduces_its_kl_in_another_way_is_noticed(make_trainer):
     """GMPO's loss under GRPO's methods: a (B, T) term where a (B,) one belongs would be broadcast."""
     from trl.experimental import gmpo as stock
 
-    from kl_plugins import PatchError
     from kl_plugins.trl.grpo import KLInGRPO
 
     class Mixed(KLInGRPO, stock.GMPOTrainer):
