@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from openrlhf_run import run
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 # What a node of a cluster can look like to its workers; by the user's own hook, which is chained before ours.
 HOOKS = """

@@ -89,7 +89,7 @@ def ray_folder():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def start(command: Sequence[str], folder: Path, env: dict[str, str], timeout: float = 400) -> Run:
+def start(command: Sequence[str], folder: Path, env: dict[str, str], timeout: float = 800) -> Run:
     """Run `command` in a session of its own, which is killed with everything in it when it is over."""
     with ray_folder() as temporary, (folder / "output.log").open("w+") as log:
         process = subprocess.Popen(
