@@ -138,7 +138,7 @@ class AppliedToTRL:
                 self._names |= {hook.trainer: hook.our_trainer, hook.config: self._config_of(hook)}
             _rename(self._names)
         except BaseException:
-            self._patching.undo()
+            self._restore()
             raise
         names = ", ".join(sorted(hook.trainer.__name__ for hook in self.hooks.values()))
         default = f"by default {self.options}" if self.options else "none of them set"
@@ -155,9 +155,12 @@ class AppliedToTRL:
                 return
             self.times = max(self.times - 1, 0)
             if self.times == 0:
-                _rename({ours: trls for trls, ours in self._names.items()})
-                self._patching.undo()
+                self._restore()
                 _applied = None
+
+    def _restore(self) -> None:
+        _rename({ours: trls for trls, ours in self._names.items()})
+        self._patching.undo()
 
     def bindings(self) -> list[Binding]:
         """What is replaced in this process, and how often it was called."""
@@ -196,10 +199,12 @@ class AppliedToTRL:
             if name in known
         ]
 
-        def reduce(config: Any) -> tuple[Any, ...]:
+        def reduce(config: Any, protocol: int) -> Any:
+            if type(config) is not made:  # a user's own, derived from it
+                return object.__reduce_ex__(config, protocol)
             return _restored, (hook.our_config, config.__dict__)
 
-        namespace = {"__reduce__": reduce, "kl_required": self.require_kl}
+        namespace = {"__reduce_ex__": reduce, "kl_required": self.require_kl}
         made = make_dataclass(hook.config.__name__, changed, bases=(hook.our_config,), namespace=namespace)
         for name in ("__module__", "__qualname__", "__doc__"):
             setattr(made, name, getattr(hook.config, name))

@@ -157,6 +157,7 @@ def test_what_is_derived_while_it_is_in_force_is_ours(make_trainer, apply, tmp_p
     assert make().kl_weight_clip == [0.0, 5.0]
     assert make().to_dict().keys() == wanted.args.to_dict().keys() | {"mine"}
     assert make(kl=None).kl is None  # the other defaults are no reason to complain
+    assert type(copy.deepcopy(make())) is MyConfig
     with pytest.raises(UnknownLossError):
         make(kl="nonsense")
     applied.undo()
