@@ -1,4 +1,4 @@
-"""The command line: `kl-plugins explain`, `curves`, `doctor`, `openrlhf`, `trl` and `patches`."""
+"""The command line: `kl-plugins explain`, `curves`, `audit`, `report`, `doctor`, `openrlhf`, `trl` and `patches`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kl_plugins.audit.command import audit
 from kl_plugins.curves import curves
 from kl_plugins.doctor import doctor
 from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
@@ -18,12 +19,15 @@ from kl_plugins.hosts import installed_version
 from kl_plugins.openrlhf.plan import OpenRLHFOptions
 from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import changes
+from kl_plugins.run_report import report
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 app.command()(explain)
+app.command()(audit)
 app.command()(curves)
 app.command()(doctor)
+app.command()(report)
 
 
 def openrlhf(context: typer.Context, dry_run: bool, **options: Any) -> None:

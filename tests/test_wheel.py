@@ -35,7 +35,7 @@ def python(tmp_path_factory):
     (wheel,) = folder.glob("*.whl")
     run(sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--no-index", "--no-deps", wheel)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    for distribution in {**closure("typer"), **closure("rich")}.values():
+    for distribution in {**closure("typer"), **closure("rich"), **closure("jinja2")}.values():
         for file in distribution.files:
             if ".." not in file.parts and "__pycache__" not in file.parts:
                 (site / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,237 @@
+"""Training runs as a report compares them: what their `metrics.jsonl` hold, and means over seeds."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kl_plugins.errors import ConfigError
+from kl_plugins.report import read_metrics
+
+SEED = re.compile(r"(?P<name>.*?)[-_/ ]?seed[-_]?\d+$")
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number that is logged over the steps."""
+
+    keys: tuple[str, ...]
+    """Where it is; the first that a row has counts."""
+    title: str
+    means: str
+    """In two sentences."""
+    asked: bool = True
+    """Whether it is listed as missing where no run has it."""
+
+
+METRICS = (
+    Metric(
+        keys=("reward",),
+        title="Reward",
+        means="The mean reward of the completions of a step. What training raises; the KL is what it costs.",
+    ),
+    Metric(
+        keys=("kl/k1",),
+        title="k1, nats a token",
+        means="The mean log-ratio of policy and reference. It estimates the KL without bias, can be negative, and is "
+        "the noisiest of the three.",
+    ),
+    Metric(
+        keys=("kl/k2",),
+        title="k2, nats a token",
+        means="Half the mean squared log-ratio. Biased as an estimate of the KL, but never negative.",
+    ),
+    Metric(
+        keys=("kl/k3",),
+        title="k3, nats a token",
+        means="exp(-u) - 1 + u of the log-ratio u. Unbiased and never negative, with rare large values where the "
+        "policy has left the reference's tokens.",
+    ),
+    Metric(
+        keys=("kl",),
+        title="KL as the host logs it",
+        means="The trainer's own number, with the meaning that the trainer gives it. Compare it within a host only.",
+    ),
+    Metric(
+        keys=("kl/loss",),
+        title="KL term of the loss",
+        means="beta times the token mean of the term's value. Its size says nothing about its gradient.",
+    ),
+    Metric(
+        keys=("kl/ess",),
+        title="Effective sample size, share",
+        means="(sum of weights)^2 / sum of squares, as a share of tokens. Near 1 samples are as good as on-policy; "
+        "where it is small a few tokens decide the gradient.",
+    ),
+    Metric(
+        keys=("kl/weight_max",),
+        title="Largest importance weight",
+        means="The largest weight of a token. At the bound of weight_clip it was cut.",
+    ),
+    Metric(
+        keys=("kl/clipped",),
+        title="Share of weights cut",
+        means="Tokens whose weight was truncated, masked or clipped. Each cut trades variance for bias.",
+    ),
+    Metric(
+        keys=("kl/beta",),
+        title="beta",
+        means="The coefficient of the KL. It moves only if a controller moves it.",
+    ),
+    Metric(
+        keys=("kl/dead",),
+        title="Share of dead tokens",
+        means="Tokens whose KL gradient is exactly 0 though the policy has left the reference. There the penalty is "
+        "switched off.",
+        asked=False,
+    ),
+)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a `metrics.jsonl` holds of `METRICS`."""
+
+    name: str
+    path: Path
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Title of the metric -> step -> value, NaN where none could be computed."""
+    steps: int = 0
+    cut_off: bool = False
+    """The last line wasn't complete: the run was interrupted while it wrote."""
+
+
+def read_runs(paths: Sequence[Path], groups: Sequence[str] = ()) -> dict[str, list[Run]]:
+    """Runs by the name of their configuration, seeds together.
+
+    Args:
+        paths: Folders with a `metrics.jsonl` in or below them, or such files.
+        groups: `NAME=PATH,PATH`.
+
+    Raises `ConfigError` for a path without metrics, a group that can't be read, or a file that isn't metrics.
+    """
+    found: dict[str, list[Path]] = {}
+    for text in groups:
+        name, equals, listed = text.partition("=")
+        if not (name and equals and listed):
+            raise ConfigError(f"--group {text!r} was given: write NAME=PATH,PATH")
+        found.setdefault(name, []).extend(file for part in listed.split(",") for file in _files(Path(part)))
+    loose = [file for path in paths for file in _files(path)]
+    for file, name in zip(loose, _names(loose), strict=True):
+        match = SEED.match(name)
+        found.setdefault(match["name"] if match and match["name"] else name, []).append(file)
+    if not found:
+        raise ConfigError("no run was named: give folders of runs, or metrics.jsonl files")
+    return {name: [_read(file) for file in dict.fromkeys(files)] for name, files in found.items()}
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    here = path / "metrics.jsonl"
+    below = [here] if here.is_file() else sorted(path.rglob("metrics.jsonl"))
+    if not below:
+        what = "has no metrics.jsonl in or below it" if path.is_dir() else "isn't there"
+        raise ConfigError(f"{path} was given, but it {what}: name a run's folder or its metrics.jsonl")
+    return below
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The part of each run's folder that tells it from the others, with the folder above a bare `seed0`."""
+    folders = [(file.parent if file.name == "metrics.jsonl" else file.with_suffix("")).absolute() for file in files]
+    if not folders:
+        return []
+    common = Path(os.path.commonpath(folders))
+    names = [str(folder.relative_to(common)) if folder != common else folder.name for folder in folders]
+    return [
+        f"{folder.parent.name}/{name}" if re.fullmatch(r"seed[-_]?\d+", name) else name
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def _read(path: Path) -> Run:
+    run = Run(name=path.parent.name if path.name == "metrics.jsonl" else path.stem, path=path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            rows = read_metrics(path)
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error) if str(path) in str(error) else f"{path} can't be read: {error}") from error
+    run.cut_off = any("cut off" in str(warning.message) for warning in caught)
+    for number, row in enumerate(rows, start=1):
+        step = row.get("step", number)
+        for metric in METRICS:
+            value = next((row[key] for key in metric.keys if row.get(key) is not None), None)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(step, int | float):
+                raise ConfigError(
+                    f"{path}, row {number}: {metric.keys[0]} of step {step!r} is {value!r}, not a number"
+                )
+            run.curves.setdefault(metric.title, {})[int(step)] = value if math.isfinite(value) else math.nan
+            run.steps = max(run.steps, int(step))
+    if not run.curves:
+        raise ConfigError(f"{path} has {len(rows)} rows, but none of them has a metric such as reward or kl/k1")
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A metric of a configuration over the steps: the mean over its seeds, with a 95% interval of that."""
+
+    steps: list[int]
+    values: list[float]
+    half_widths: list[float]
+    """0 with a single seed."""
+
+
+def mean_over_seeds(curves: Sequence[dict[int, float]]) -> Mean:
+    """At the steps that all seeds have, since they may have been cut off at different ones; NaN where one is."""
+    steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    values, widths = [], []
+    for step in steps:
+        column = [curve[step] for curve in curves]
+        mean, width = mean_and_width(column)
+        values.append(mean)
+        widths.append(width)
+    return Mean(steps=steps, values=values, half_widths=widths)
+
+
+def mean_and_width(column: Sequence[float]) -> tuple[float, float]:
+    """Mean, and the half width of its 95% interval by Student's t; 0 for a single number."""
+    if any(map(math.isnan, column)):
+        return math.nan, math.nan
+    if len(column) < 2:
+        return column[0], 0.0
+    freedom = len(column) - 1
+    t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.7 / freedom
+    return statistics.fmean(column), t * statistics.stdev(column) / math.sqrt(len(column))
+
+
+def pieces(mean: Mean) -> Iterator[tuple[list[int], list[float], list[float]]]:
+    """The curve between NaNs, which are gaps."""
+    steps: list[int] = []
+    values: list[float] = []
+    widths: list[float] = []
+    for step, value, width in zip(mean.steps, mean.values, mean.half_widths, strict=True):
+        if math.isnan(value):
+            if steps:
+                yield steps, values, widths
+            steps, values, widths = [], [], []
+        else:
+            steps.append(step)
+            values.append(value)
+            widths.append(width)
+    if steps:
+        yield steps, values, widths
+
+
+__all__ = ["METRICS", "Mean", "Metric", "Run", "mean_and_width", "mean_over_seeds", "pieces", "read_runs"]
