@@ -41,8 +41,13 @@ def test_refused_or_trained(make_trainer, parameters, covers, name):
 @pytest.mark.parametrize("kl", ["k1_in_reward", "k2_as_loss"])
 def test_apply_to_trl(make_trainer, parameters, kl):
     """What is imported from TRL then is ours, bit for bit; what was before is refused; and no trace when undone."""
-    names = (stock, stock.ppo_trainer, stock.ppo_config)
-    before = [{k: id(v) for k, v in vars(each).items()} for each in (*names, stock.PPOTrainer, stock.PPOConfig)]
+    touched = (stock, stock.ppo_trainer, stock.ppo_config, stock.PPOTrainer, stock.PPOConfig)
+
+    def footprint():
+        names = ("PPOTrainer", "PPOConfig", "__init__", "train", "__post_init__")
+        return [{k: id(v) for k, v in vars(each).items() if k in names} for each in touched]
+
+    before = footprint()
     own, own_config = stock.PPOTrainer, stock.PPOConfig
 
     def train(*args, **options):
@@ -60,8 +65,7 @@ def test_apply_to_trl(make_trainer, parameters, kl):
                 make_trainer(cls, config=config)
     assert torch.equal(parameters(found), parameters(wanted))
     assert torch.equal(parameters(found), parameters(plain)) == (kl == "k1_in_reward")  # with one update: TRL's own
-    after = [{k: id(v) for k, v in vars(each).items()} for each in (*names, stock.PPOTrainer, stock.PPOConfig)]
-    assert after == before
+    assert footprint() == before
     assert torch.equal(parameters(train(stock.PPOTrainer, config=stock.PPOConfig)), parameters(plain))
 
 

@@ -43,6 +43,20 @@ def test_a_changed_function_keeps_everything_from_starting(target, edit, tmp_pat
     assert [dict(vars(config)) for config in (trl.GRPOConfig, trl.RLOOConfig, stock_gmpo.GMPOConfig)] == before
 
 
+@pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig, GMPOConfig])
+@pytest.mark.skipif(installed_version("trl") != "1.16.0", reason="the version that was tested with vLLM")
+def test_with_vllm_what_it_relies_on_is_checked_too(config, tmp_path, monkeypatch):
+    def make():
+        return config(kl="k2_as_loss", use_vllm=True, **ARGUMENTS | {"output_dir": str(tmp_path)})
+
+    make()
+    for target in load_patches("trl", "vllm").targets:
+        with monkeypatch.context() as patch:
+            change(target, "body", tmp_path, patch)
+            with pytest.raises(PatchError, match=f"{short(target)}: its source has digest"):
+                make()
+
+
 def test_no_config_that_is_not_concerned_is_refused(tmp_path, monkeypatch):
     (target,) = BY_PART["gmpo"]
     change(target, "body", tmp_path, monkeypatch)
