@@ -3,8 +3,9 @@
 Names as in the project's contract: `kl/k1`, `kl/k2`, `kl/k3` are plain token means of the three estimates (nats,
 detached, unweighted), `kl/loss` is beta times the token mean of the term's value (before the host's own reduction),
 `kl/ess` the effective sample size (sum w)^2 / sum w^2 as a share of tokens, `kl/clipped` the share of weights cut,
-`kl/unscored` and `kl/dropped` counts of tokens. All are over everything since the last log; `kl/beta` is the
-coefficient that is in force now (after a controller's update).
+`kl/unscored` and `kl/dropped` counts of tokens. Where tokens are left out of the KL, those means are over the others,
+`kl/left_out` is their share of all tokens and `kl/left_out_k1` their own mean. All are over everything since the last
+log; `kl/beta` is the coefficient that is in force now (after a controller's update).
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from kl_plugins.controllers import Controller
 from kl_plugins.estimators import k1, k2, k3
 from kl_plugins.terms import KLTerms
 
-SUMS = ("tokens", "k1", "k2", "k3", "loss", "weight", "weight_squared", "cut", "unscored", "dropped", "sequences")
+SUMS = (
+    *("tokens", "k1", "k2", "k3", "loss", "weight", "weight_squared", "cut", "unscored", "dropped", "sequences"),
+    *("left_out", "left_out_k1"),
+)
 # Meaningless where the host's own ratio and clip weigh the coefficients (`clip="combined"`), and logs about them.
 OWN_WEIGHTS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscored")
 
 
 def kl_sums(terms: KLTerms, *, beta: float) -> Tensor:
-    """(11,) sums over the counted tokens, and how many sequences have one; add them over ranks and micro-batches."""
-    u, weight = terms.log_ratio, terms.weight
-    sums = (terms.mask, k1(u), k2(u), k3(u), beta * terms.value, weight, weight.square(), terms.cut, terms.unscored)
+    """(13,) sums over the counted tokens, and how many sequences have one; add them over ranks and micro-batches."""
+    weight, kept = terms.weight, terms.mask & ~terms.left_out
+    u = torch.where(kept, terms.log_ratio, 0.0)
+    sums = (kept, k1(u), k2(u), k3(u), beta * terms.value, weight, weight.square(), terms.cut, terms.unscored)
     # A masked position holds log_ratio 0 and weight 0, so every sum is over counted tokens already.
-    return torch.stack([x.sum(dtype=u.dtype) for x in (*sums, terms.dropped, terms.mask.any(-1))])
+    more = (terms.dropped, kept.any(-1), terms.left_out, terms.log_ratio - u)
+    return torch.stack([x.sum(dtype=u.dtype) for x in (*sums, *more)])
 
 
 def controlled(controller: Controller, sums: Tensor) -> float:
@@ -40,16 +46,21 @@ def kl_metrics(sums: Tensor, *, weight_max: Tensor, beta: float) -> dict[str, fl
     *values, largest = torch.cat([sums, weight_max.reshape(1).to(sums.dtype)]).tolist()
     total = dict(zip(SUMS, values, strict=True))
     tokens = max(total["tokens"], 1.0)
+    weighed = max(total["tokens"] + total["left_out"], 1.0)
     squares = total["weight_squared"]
-    return {
+    metrics = {
         "kl/k1": total["k1"] / tokens,
         "kl/k2": total["k2"] / tokens,
         "kl/k3": total["k3"] / tokens,
         "kl/loss": total["loss"] / tokens,
-        "kl/ess": total["weight"] ** 2 / squares / tokens if squares else 0.0,
+        "kl/ess": total["weight"] ** 2 / squares / weighed if squares else 0.0,
         "kl/weight_max": largest,
-        "kl/clipped": total["cut"] / tokens,
+        "kl/clipped": total["cut"] / weighed,
         "kl/unscored": total["unscored"],
         "kl/dropped": total["dropped"],
         "kl/beta": beta,
     }
+    if total["left_out"]:
+        metrics["kl/left_out"] = total["left_out"] / weighed
+        metrics["kl/left_out_k1"] = total["left_out_k1"] / total["left_out"]
+    return metrics

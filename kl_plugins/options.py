@@ -7,12 +7,14 @@ from typing import Any
 
 from kl_plugins.controllers import Controller, ControllerSpec
 from kl_plugins.errors import ConfigError
+from kl_plugins.leave_out import words_of
 from kl_plugins.registry import get_loss
 from kl_plugins.spec import KLSpec
 
 # Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
 COEFFICIENT_BOUND = 1e6
 CONTROLLER_OPTIONS = tuple(f.name for f in fields(ControllerSpec))
+LEAVE_OUT_OPTIONS = ("kl_leave_out", "kl_leave_out_equal_rewards")
 
 
 def option(default: Any, help: str) -> Any:
@@ -59,12 +61,19 @@ class KLOptions:
     kl_beta_steps: int | None = option(None, "In how many updates it gets there.")
     kl_beta_min: float = option(1e-6, "Lower bound of a beta with a target.")
     kl_beta_max: float = option(100.0, "Upper bound of a beta with a target.")
+    kl_leave_out: list[str] = option(
+        [], "Tokens left out of the KL: eos, special, first (of a completion), a token's id, or its text."
+    )
+    kl_leave_out_equal_rewards: bool = option(
+        False, "Leave out the KL of groups whose completions all have the same reward."
+    )
 
     def kl_spec(self) -> KLSpec | None:
         """The checked `KLSpec` of these fields, or None if `kl` is None. Raises what `KLSpec` raises."""
         if self.kl is None:
             return None
-        options = {n.removeprefix("kl_"): v for n, v in self.kl_options().items() if n not in CONTROLLER_OPTIONS}
+        elsewhere = (*CONTROLLER_OPTIONS, *LEAVE_OUT_OPTIONS)
+        options = {n.removeprefix("kl_"): v for n, v in self.kl_options().items() if n not in elsewhere}
         if self.kl_coefficient_bound is None and get_loss(self.kl).may_overflow:
             options["coefficient_bound"] = COEFFICIENT_BOUND
         return KLSpec.from_name(self.kl, **options)
@@ -76,10 +85,19 @@ class KLOptions:
     def spec_problems(self) -> tuple[str, ...]:
         """What `kl_spec` refuses."""
         try:
-            self.kl_spec()
+            spec = self.kl_spec()
         except ConfigError as error:
             return error.args
-        return ()
+        return self.left_out_problems(spec)
+
+    def left_out_problems(self, spec: KLSpec | None) -> tuple[str, ...]:
+        """What is wrong with `kl_leave_out`, before there is a tokenizer."""
+        if spec is None or spec.can_leave_tokens_out or not set(self.kl_leave_out) - {"first"}:
+            return ()
+        return (
+            f"kl_leave_out={self.kl_leave_out} with {spec.name} and credit {spec.credit!r}: what a left-out token "
+            "costs those before it is known for log-ratios only; use kl_credit='token' or kl='k1_in_reward'",
+        )
 
     def controller_problems(self, beta: float) -> tuple[str, ...]:
         """What `controller` refuses."""
@@ -102,3 +120,4 @@ class KLOptions:
         for name, value in without_words({f.name: getattr(self, f.name) for f in fields(KLOptions)}).items():
             setattr(self, name, value)
         self.kl_weight_clip = list(self.kl_weight_clip)
+        self.kl_leave_out = words_of(self.kl_leave_out)

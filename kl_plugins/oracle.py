@@ -151,16 +151,20 @@ def expected_gradient(
     behavior: Tensor | None = None,
     environment: Tensor | None = None,
     group_size: int = 1,
+    **left_out: Tensor,
 ) -> Tensor:
     """(S, V) exact expected gradient of the summed `kl_terms(...).loss` with respect to the policy's logits.
 
     Args:
         behavior: Logits of the policy that samples, whose log-probs are passed as `behavior_logp`; None: on-policy.
         group_size: With more than 1, every *group* of that many sequences is enumerated (N ** group_size of them).
+        left_out: `left_out_tokens` and `left_out_positions` of `kl_terms`, each (N, T).
     """
     theta = policy.detach().clone().requires_grad_()
     rows, probability = _groups(sequences, policy if behavior is None else behavior, environment, group_size)
-    terms = terms_of(spec, sequences, theta, reference, behavior=behavior, rows=rows, group_size=group_size)
+    terms = terms_of(
+        spec, sequences, theta, reference, behavior=behavior, rows=rows, group_size=group_size, **left_out
+    )
     loss = (probability[:, None] * terms.loss.view(len(probability), -1)).sum() / group_size
     return torch.autograd.grad(loss, theta)[0]
 
@@ -190,6 +194,7 @@ def terms_of(
     behavior: Tensor | None = None,
     rows: Tensor | None = None,
     group_size: int = 1,
+    **left_out: Tensor,
 ) -> KLTerms:
     """`kl_terms` on the enumerated sequences (or on `rows` of them). Positions that don't count hold NaN."""
     rows = torch.arange(len(sequences.tokens)) if rows is None else rows
@@ -205,6 +210,7 @@ def terms_of(
         mask=mask,
         behavior_logp=None if behavior is None else logp_of(behavior),
         group_size=group_size if group_size > 1 else None,
+        **{name: where[rows] for name, where in left_out.items()},
     )
 
 

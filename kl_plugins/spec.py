@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from kl_plugins import estimators
 from kl_plugins.errors import ConfigError, refuse
 from kl_plugins.registry import LOSSES, KLLoss, get_loss
 
@@ -100,6 +101,11 @@ class KLSpec:
         if declared in ("zero", "biased") or self.credit != "to_go" or self.gamma == 1:
             return declared
         return self.loss.gradient_of.get("token", "biased") if self.gamma == 0 else "biased"
+
+    @property
+    def can_leave_tokens_out(self) -> bool:
+        """Whether what a left-out token costs those before it is known: with credit, for log-ratios only."""
+        return self.credit == "token" or self.loss.coefficient is estimators.k1
 
 
 def _bad_values(spec: KLSpec, loss: KLLoss) -> dict[str, str]:

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 from kl_plugins.errors import ConfigError
+from kl_plugins.estimators import k3_slope
 from kl_plugins.spec import KLSpec
+
+# Largest cost, in nats, of a left-out token to those before it: reached at one 1e6 times as likely in the reference.
+LEFT_OUT_BOUND = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class KLTerms:
     """(B, T) bool. Counted tokens whose `behavior_logp` was NaN, and whose ratio was taken as 1."""
     dropped: Tensor
     """(B, T) bool. Tokens that `nonfinite="drop"` dropped."""
+    left_out: Tensor
+    """(B, T) bool. Counted tokens whose own KL was left out (`left_out_tokens`, `left_out_positions`)."""
 
 
 def kl_terms(
@@ -55,6 +61,8 @@ def kl_terms(
     behavior_logp: Tensor | None = None,
     group_size: int | None = None,
     baseline: Tensor | None = None,
+    left_out_tokens: Tensor | None = None,
+    left_out_positions: Tensor | None = None,
 ) -> KLTerms:
     """The KL-to-reference term of a batch of sampled sequences.
 
@@ -68,6 +76,14 @@ def kl_terms(
             the trainer's old policy. None: on-policy. NaN (not scored by the engine): ratio 1 at that token, counted.
         group_size: Completions per prompt, consecutive rows; needed by `baseline="leave_one_out"`.
         baseline: (B, T), a baseline computed elsewhere from *other* samples, used instead of the batch's own groups.
+        left_out_tokens: (B, T) of 0 and 1, 1 where a token's own KL is left out because of *which* token it is (an
+            end of sequence, say). The divergence is then the generalized one over the other tokens of the vocabulary,
+            sum_v m_v (p_v log(p_v / r_v) - p_v + r_v), which is 0 only where policy and reference agree on them.
+            Under credit `"to_go"` and `"sequence"` a left-out token still answers for what follows it, and for what
+            comes before it its cost is 1 - exp(-u), whose mean is what leaving it out changes of that divergence
+            (bounded at `LEFT_OUT_BOUND`).
+        left_out_positions: (B, T) of 0 and 1, 1 where it is left out because of where it stands, whatever token it
+            is; it may depend on what comes before. Such a token costs nothing and answers for what follows.
 
     Returns:
         `KLTerms`. The sum of `loss` over tokens, averaged over sequences, has the expected gradient
@@ -76,15 +92,17 @@ def kl_terms(
     Raises:
         `ValueError`: shapes that differ, a mask that isn't 0/1, a NaN or inf at a counted token (unless
             `spec.nonfinite="drop"`), or groups that don't divide the batch.
-        `ConfigError`: `baseline="leave_one_out"` with neither `group_size` nor `baseline`.
+        `ConfigError`: `baseline="leave_one_out"` with neither `group_size` nor `baseline`; `left_out_tokens` with a
+            configuration whose later costs are no log-ratios.
     """
     logp, ref_logp, behavior_logp, counted, dropped = _checked(spec, logp, ref_logp, mask, behavior_logp)
     log_ratio = (logp - ref_logp).detach()
     unscored = behavior_logp.isnan()
     log_rho = torch.where(unscored, 0.0, logp.detach() - behavior_logp)
+    left_out = _LeftOut.of(spec, counted, tokens=left_out_tokens, positions=left_out_positions)
 
-    pointwise, credited = _credited(spec, log_ratio, counted)
-    value = torch.where(counted, _bounded(spec.loss.value(log_ratio)), 0.0)
+    costs, credited = _credited(spec, log_ratio, counted, left_out)
+    value = torch.where(counted & ~left_out.any, _bounded(spec.loss.value(log_ratio)), 0.0)
     coefficient = torch.where(counted, credited, 0.0)
     subtracted = torch.where(counted, _baseline(spec, credited, counted, group_size, baseline), 0.0)
     reduced = _bounded(coefficient - subtracted)
@@ -92,7 +110,7 @@ def kl_terms(
     weight, cut = importance_weight(log_rho, counted, spec)
     if spec.clip is not None:
         weight, cut = _ppo_clip(weight, cut, log_rho, reduced, spec.clip_epsilon)
-    weighted = _weighted_credit(pointwise, coefficient, weight, spec) - _bounded(weight * subtracted)
+    weighted = _weighted_credit(costs, coefficient, weight, spec) - _bounded(weight * subtracted)
     score_coefficient = torch.where(counted, _bounded(weighted), 0.0)
     return KLTerms(
         loss=surrogate(logp=logp, value=value, score_coefficient=score_coefficient),
@@ -105,6 +123,7 @@ def kl_terms(
         cut=cut,
         unscored=unscored,
         dropped=dropped,
+        left_out=left_out.any,
     )
 
 
@@ -140,7 +159,16 @@ def assign_credit(x: Tensor, credit: str | None, gamma: float = 1.0) -> Tensor:
     return x
 
 
-def leave_one_out_baseline(spec: KLSpec, *, logp: Tensor, ref_logp: Tensor, mask: Tensor, group_size: int) -> Tensor:
+def leave_one_out_baseline(
+    spec: KLSpec,
+    *,
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    group_size: int,
+    left_out_tokens: Tensor | None = None,
+    left_out_positions: Tensor | None = None,
+) -> Tensor:
     """(B, T) `baseline` for `kl_terms`: for each row the mean coefficient of the *other* rows of its group.
 
     For hosts that split groups over micro-batches or processes: computed once from whole groups (consecutive rows)
@@ -148,15 +176,54 @@ def leave_one_out_baseline(spec: KLSpec, *, logp: Tensor, ref_logp: Tensor, mask
     when the policy has moved on. Arguments and errors as those of `kl_terms`.
     """
     logp, ref_logp, _, counted, _ = _checked(spec, logp.detach(), ref_logp, mask, None)
-    _, credited = _credited(spec, logp - ref_logp, counted)
+    left_out = _LeftOut.of(spec, counted, tokens=left_out_tokens, positions=left_out_positions)
+    _, credited = _credited(spec, logp - ref_logp, counted, left_out)
     return _leave_one_out(credited, counted, group_size, spec.credit)
 
 
-def _credited(spec: KLSpec, log_ratio: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T) coefficients before and after credit is assigned. A masked token can still answer for later ones."""
+@dataclass(frozen=True, kw_only=True)
+class _LeftOut:
+    """Counted tokens whose own KL is left out, both (B, T) bool."""
+
+    any: Tensor
+    by_token: Tensor
+    """Those that are left out because of which token they are, where another one would have had a cost."""
+
+    @classmethod
+    def of(cls, spec: KLSpec, counted: Tensor, *, tokens: Tensor | None, positions: Tensor | None) -> _LeftOut:
+        if tokens is not None and not spec.can_leave_tokens_out:
+            raise ConfigError(
+                f"left_out_tokens with {spec.name!r} and credit={spec.credit!r}: what a left-out token costs those "
+                "before it is known for log-ratios only; use credit='token' or kl='k1_in_reward'"
+            )
+        given = {"left_out_tokens": tokens, "left_out_positions": positions}
+        found = {name: tensor for name, tensor in given.items() if tensor is not None}
+        _same_shape({"mask": counted} | found)
+        for name, tensor in found.items():
+            if ((tensor != 0) & (tensor != 1)).any():
+                raise ValueError(f"{name} must be 0 or 1: 1 leaves the KL of a token out")
+        nothing = torch.zeros_like(counted)
+        by_position = nothing if positions is None else counted & positions.bool()
+        by_token = nothing if tokens is None else counted & tokens.bool() & ~by_position
+        return cls(any=by_position | by_token, by_token=by_token)
+
+
+def _credited(
+    spec: KLSpec, log_ratio: Tensor, counted: Tensor, left_out: _LeftOut
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(B, T) costs before credit is assigned (to the token itself and to earlier ones), and coefficients after it.
+
+    A masked token can still answer for later ones. What earlier tokens pay is an unbiased estimate of the divergence
+    at that state: u on the whole vocabulary; where a set of tokens is left out, u for the others and 1 - exp(-u) for
+    those, since sum_{v kept} (p log(p/r) - p + r) = E[u 1{kept}] + E[(1 - exp(-u)) 1{left out}].
+    """
     pointwise = _bounded(spec.loss.coefficient(log_ratio), spec.coefficient_bound)
-    pointwise = torch.where(counted, _summable(pointwise, spec.credit), 0.0)
-    return pointwise, assign_credit(pointwise, spec.credit, spec.gamma)
+    pointwise = torch.where(counted & ~left_out.any, _summable(pointwise, spec.credit), 0.0)
+    if spec.credit == "token":
+        return (pointwise, pointwise), pointwise
+    instead = _summable(_bounded(k3_slope(log_ratio), LEFT_OUT_BOUND), spec.credit)
+    to_earlier = torch.where(left_out.by_token, instead, pointwise)
+    return (pointwise, to_earlier), assign_credit(to_earlier, spec.credit, spec.gamma) + (pointwise - to_earlier)
 
 
 def _leave_one_out(credited: Tensor, counted: Tensor, group_size: int, credit: str | None) -> Tensor:
@@ -211,17 +278,19 @@ def _ppo_clip(weight: Tensor, cut: Tensor, log_rho: Tensor, cost: Tensor, epsilo
     return weight.masked_fill(clipped, 0), cut | clipped
 
 
-def _weighted_credit(pointwise: Tensor, coefficient: Tensor, weight: Tensor, spec: KLSpec) -> Tensor:
+def _weighted_credit(costs: tuple[Tensor, Tensor], coefficient: Tensor, weight: Tensor, spec: KLSpec) -> Tensor:
     """w_t * c_t; with prefix weights the terms of c_t at s are weighted by the ratios up to max(s, t) instead.
 
     That is unbiased, since E_mu[prod_{r<=max(s,t)} rho_r u_s score_t] = E_pi[u_s score_t].
     """
     if spec.off_policy != "prefix" or spec.credit == "token":
         return _bounded(weight * coefficient)
-    later = assign_credit(_summable(weight * pointwise, spec.credit), "to_go", spec.gamma)
+    pointwise, to_earlier = costs
+    later = assign_credit(_summable(weight * to_earlier, spec.credit), "to_go", spec.gamma)
+    later = later + _bounded(weight * (pointwise - to_earlier))
     if spec.credit == "to_go":
         return later
-    earlier = torch.nn.functional.pad(pointwise.cumsum(-1)[:, :-1], (1, 0))
+    earlier = torch.nn.functional.pad(to_earlier.cumsum(-1)[:, :-1], (1, 0))
     return later + _bounded(weight * earlier)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kl_plugins.advantages import up_to_date
 from kl_plugins.errors import PatchError
+from kl_plugins.leave_out import LeftOut
 from kl_plugins.metrics import OWN_WEIGHTS, SUMS, kl_metrics, kl_sums
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.plan import Plan, plan_of
@@ -112,7 +113,24 @@ def terms_of(plan: Plan, experience: Any, log_probs: Tensor, log_probs_base: Ten
         mask=experience.action_mask,
         behavior_logp=experience.action_log_probs if behavior is None else behavior,
         baseline=None if plan.spec.baseline is None else experience.kl,
+        **left_out_of(plan, experience),
     )
+
+
+def left_out_of(plan: Plan, experience: Any) -> dict[str, Any]:
+    """The masks of what the plan leaves out of the KL, (B, T) each; empty if nothing is left out."""
+    if plan.left_out == LeftOut() and not plan.leave_out_equal_rewards:
+        return {}
+    mask, token_ids = experience.action_mask, experience.sequences[:, 1:]
+    if token_ids.shape != mask.shape:
+        raise PatchError(
+            f"OpenRLHF's action mask was expected to have a place for every token but the first, found "
+            f"{tuple(mask.shape)} for sequences of {tuple(experience.sequences.shape)}: install a tested version"
+        )
+    rows = None
+    if plan.leave_out_equal_rewards:
+        rows = _from_info(experience, EQUAL_REWARDS).to(mask.device)
+    return plan.left_out.masks(token_ids, mask, rows)
 
 
 @contextmanager
@@ -151,15 +169,21 @@ def without_baseline(plan: Plan) -> Plan:
 
 
 SCALE = "kl/advantage_scale"
+EQUAL_REWARDS = "kl/equal_rewards"
 KL_SUMS = "kl_plugins/sums"
 
 
 def _advantage_scale(experience: Any) -> Tensor:
     """(B, 1). What OpenRLHF's normalization of the advantages has multiplied a nat with; see `experience`."""
-    scale = experience.info.get(SCALE)
-    if scale is None:
-        raise PatchError("an experience came without its advantage scale: it was made in a process without kl_plugins")
-    return torch.stack(list(scale)).unsqueeze(1)
+    return _from_info(experience, SCALE).unsqueeze(1)
+
+
+def _from_info(experience: Any, name: str) -> Tensor:
+    """(B,). What `experience` has put into the experience for us."""
+    found = experience.info.get(name)
+    if found is None:
+        raise PatchError(f"an experience came without {name}: it was made in a process without kl_plugins")
+    return torch.stack(list(found))
 
 
 def _unexpected(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:

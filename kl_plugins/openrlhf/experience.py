@@ -5,6 +5,7 @@ Each function here takes one of OpenRLHF's and returns what takes its place; `pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +14,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kl_plugins.advantages import token_cost
 from kl_plugins.controllers import Controller
+from kl_plugins.leave_out import equal_reward_rows
 from kl_plugins.metrics import controlled
 from kl_plugins.openrlhf import worker
-from kl_plugins.openrlhf.actor import KL_SUMS, SCALE, Host, answering, terms_of, without_baseline
+from kl_plugins.openrlhf.actor import (
+    EQUAL_REWARDS,
+    KL_SUMS,
+    SCALE,
+    Host,
+    answering,
+    left_out_of,
+    terms_of,
+    without_baseline,
+)
 from kl_plugins.openrlhf.plan import Plan, plan_of
 from kl_plugins.terms import leave_one_out_baseline
 
@@ -57,6 +68,8 @@ def compute_advantages_and_returns(host: Host) -> Host:
     def compute(maker: Any, experiences: list[Any]) -> list[Any]:
         plan = plan_of(maker.args)
         experiences = host(maker, experiences)
+        if plan.leave_out_equal_rewards:
+            _mark_equal_rewards(plan, experiences)
         baselines = _baselines(plan, experiences)
         if not plan.in_reward:
             for experience, baseline in zip(experiences, baselines, strict=True):
@@ -173,24 +186,41 @@ def _baselines(plan: Plan, experiences: list[Any]) -> list[Tensor | None]:
     if plan.spec.baseline is None:
         return [None] * len(experiences)
     baselines = [torch.zeros_like(experience.action_log_probs) for experience in experiences]
-    places = sorted((index, e, row) for e, x in enumerate(experiences) for row, index in enumerate(x.index))
-    for first in range(0, len(places), plan.group_size):  # a prompt at a time, for the memory
-        group = places[first : first + plan.group_size]
-
-        def rows(name: str, group: list[tuple[int, int, int]] = group) -> Tensor:
-            return pad_sequence([getattr(experiences[e], name)[row] for _, e, row in group], batch_first=True)
-
-        found = leave_one_out_baseline(
-            plan.spec,
-            logp=rows("action_log_probs"),
-            ref_logp=rows("base_action_log_probs"),
-            mask=rows("action_mask"),
-            group_size=plan.group_size,
-        )
-        for baseline, (_, e, row) in zip(found, group, strict=True):
+    tensors = [
+        {
+            "logp": x.action_log_probs,
+            "ref_logp": x.base_action_log_probs,
+            "mask": x.action_mask,
+            **left_out_of(plan, x),
+        }
+        for x in experiences
+    ]
+    for group in _groups(plan, experiences):  # a prompt at a time, for the memory
+        whole = {
+            name: pad_sequence([tensors[e][name][row] for e, row in group], batch_first=True) for name in tensors[0]
+        }
+        found = leave_one_out_baseline(plan.spec, **whole, group_size=plan.group_size)
+        for baseline, (e, row) in zip(found, group, strict=True):
             length = min(baselines[e].size(1), len(baseline))
             baselines[e][row, :length] = baseline[:length].to(baselines[e].dtype)
     return list(baselines)
+
+
+def _groups(plan: Plan, experiences: list[Any]) -> Iterator[list[tuple[int, int]]]:
+    """The completions of one prompt after the other, as (number of the experience, row in it)."""
+    places = sorted((index, e, row) for e, x in enumerate(experiences) for row, index in enumerate(x.index))
+    for first in range(0, len(places), plan.group_size):
+        yield [(e, row) for _, e, row in places[first : first + plan.group_size]]
+
+
+def _mark_equal_rewards(plan: Plan, experiences: list[Any]) -> None:
+    """Put into each experience which of its rows belong to a group of equal rewards: (B,), 1 or 0."""
+    for experience in experiences:
+        experience.info[EQUAL_REWARDS] = torch.zeros(len(experience.sequences))
+    for group in _groups(plan, experiences):
+        rewards = torch.stack([experiences[e].rewards[row] for e, row in group])
+        for equal, (e, row) in zip(equal_reward_rows(rewards, len(group)), group, strict=True):
+            experiences[e].info[EQUAL_REWARDS][row] = float(equal)
 
 
 def _normalization(maker: Any, experiences: list[Any]) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 import kl_plugins
 from kl_plugins.controllers import ControllerSpec
 from kl_plugins.errors import ConfigError, PatchError, refuse
-from kl_plugins.options import KLOptions, option
+from kl_plugins.leave_out import LeftOut, left_out
+from kl_plugins.options import LEAVE_OUT_OPTIONS, KLOptions, option
 from kl_plugins.registry import get_loss
 from kl_plugins.spec import KLSpec
 
@@ -57,6 +58,10 @@ class Plan:
     """Completions per prompt."""
     controller: ControllerSpec
     """Of beta; `fixed` leaves OpenRLHF's own in place."""
+    left_out: LeftOut
+    """Tokens without a KL of their own."""
+    leave_out_equal_rewards: bool
+    """Whether groups of equal rewards have no KL."""
     waived: tuple[str, ...]
     """What is wrong with the run, but was let through by `kl_allow_biased`."""
     version: str
@@ -83,9 +88,12 @@ def plan_run(options: OpenRLHFOptions, args: Any) -> Plan:
         spec = _spec(options, args, in_reward)
     except ConfigError as error:
         problems += error.args
+    else:
+        problems += options.left_out_problems(spec)
     biased = _bias_problems(args, in_reward)
     refuse([*problems, *_flag_problems(options, args, in_reward), *(() if options.kl_allow_biased else biased)])
     assert spec is not None
+    left = _left_out(options, args)
     _warn(args)
     advantage = args.algo.advantage
     lambd = advantage.lambd if advantage.estimator == "gae" else 1.0
@@ -96,6 +104,8 @@ def plan_run(options: OpenRLHFOptions, args: Any) -> Plan:
         normalized=advantage.estimator in _NORMALIZING and not advantage.no_std_norm,
         group_size=args.rollout.n_samples_per_prompt,
         controller=options.controller(float(args.algo.kl.init_coef)).spec,
+        left_out=left,
+        leave_out_equal_rewards=options.kl_leave_out_equal_rewards,
         waived=tuple(biased),
         version=kl_plugins.__version__,
     )
@@ -120,6 +130,27 @@ def plan_of(args: Any) -> Plan:
             "version on every node"
         )
     return plan  # type: ignore[no-any-return]
+
+
+def _left_out(options: OpenRLHFOptions, args: Any) -> LeftOut:
+    """`kl_leave_out` in the tokens of the actor's tokenizer, which is only loaded if it is needed."""
+    if not set(options.kl_leave_out) - {"first"}:
+        return LeftOut(first="first" in options.kl_leave_out)
+    from transformers import AutoTokenizer, GenerationConfig
+
+    path = args.actor.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"kl_leave_out={options.kl_leave_out}: the tokenizer of --actor.model_name_or_path {path} can't be loaded "
+            f"here, in the driver ({error}); make it available, or leave kl_leave_out out"
+        ) from error
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a model may come without one
+        ends = None
+    return left_out(options.kl_leave_out, tokenizer=tokenizer, eos_token_id=ends)
 
 
 def _gamma(args: Any) -> float:
@@ -163,6 +194,12 @@ def _placement_problems(options: OpenRLHFOptions, loss_in_reward: bool, in_rewar
         for name in options.changed_kl_options()
         if name in unused
     ]
+    problems += [
+        f"{name}={getattr(options, name)!r}: in the reward OpenRLHF's returns would charge a left-out token with what "
+        "only those before it owe; use kl_placement='loss'"
+        for name in options.changed_kl_options()
+        if name in LEAVE_OUT_OPTIONS
+    ]
     return problems
 
 
@@ -187,6 +224,8 @@ def _flag_problems(options: OpenRLHFOptions, args: Any, in_reward: bool) -> list
         )
     if options.kl_baseline == "leave_one_out" and args.rollout.n_samples_per_prompt < 2:
         problems.append("kl_baseline='leave_one_out' needs --rollout.n_samples_per_prompt of 2 or more")
+    if options.kl_leave_out_equal_rewards and args.rollout.n_samples_per_prompt < 2:
+        problems.append("kl_leave_out_equal_rewards needs --rollout.n_samples_per_prompt of 2 or more")
     if options.kl_baseline == "leave_one_out" and advantage.estimator == "gae" and in_reward:
         problems.append("kl_baseline='leave_one_out' with gae, whose critic is the baseline already: leave it out")
     if in_reward and args.actor.policy_loss_type == "gspo":

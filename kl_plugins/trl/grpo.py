@@ -46,6 +46,7 @@ class KLInGRPO(KLTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        self._rollout_extras(output)
         if self.kl_spec is not None and self.kl_spec.baseline is not None and self.beta != 0:
             output["kl_baseline"] = self._rollout_baseline(self._rollout_logp(output), output)
         return output

@@ -19,7 +19,9 @@ from transformers.utils import logging
 from kl_plugins.advantages import token_cost, up_to_date
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.hosts import installed_version
+from kl_plugins.leave_out import left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
+from kl_plugins.options import LEAVE_OUT_OPTIONS
 from kl_plugins.patchfile import load_patches
 from kl_plugins.registry import get_loss
 from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
@@ -43,6 +45,7 @@ PLACEMENTS = ("auto", "loss", "reward")
 
 _MASK = "~padding_mask"
 _MICRO = "mb_logprobs, ref_logprobs[micro_batch_inds], ~padding_mask[micro_batch_inds]"
+_TERM = f"self._kl_term(new_logprobs, {_MICRO}, mb_responses)"
 EDITS = (
     # The KL in the reward.
     Edit(
@@ -62,7 +65,7 @@ EDITS = (
     Edit(
         name="loss",
         digest="cbf9b759cae3cd96",
-        value=f"{HOST} + masked_mean(self._kl_term(new_logprobs, {_MICRO}), ~padding_mask[micro_batch_inds])",
+        value=f"{HOST} + masked_mean({_TERM}, ~padding_mask[micro_batch_inds])",
     ),
     # Not changed, but what the above stands on.
     Edit(name="padding_mask", digest="f92be7f50d8ddff1"),
@@ -73,6 +76,7 @@ EDITS = (
     Edit(name="micro_batch_inds", digest="ddb587d5f02a3eec"),
     Edit(name="mb_advantage", digest="72a054ff72825ba6"),
     Edit(name="mb_logprobs", digest="5461ed6ace009bb1"),
+    Edit(name="mb_responses", digest="b18058e895b960d4"),
     Edit(name="new_logprobs", digest="62ff509be18f0fc9"),
     Edit(name="pg_loss", digest="2281dc66ebd38ef4"),
 )
@@ -166,6 +170,12 @@ class PPOFields(KLFields):
             for name in self.changed_kl_options()
             if name in unused
         ]
+        problems += [
+            f"{name}={getattr(self, name)!r}: in the reward TRL's GAE would charge a left-out token with what only "
+            "those before it owe; use kl_placement='loss'"
+            for name in self.changed_kl_options()
+            if name in LEAVE_OUT_OPTIONS
+        ]
         if self.whiten_rewards:
             problems.append(
                 "whiten_rewards=True divides the KL in the reward by the rewards' standard deviation and adds a "
@@ -178,6 +188,8 @@ class PPOFields(KLFields):
         yield from super()._contradictions()
         if self.kl_estimator != "k1":
             yield f"kl_estimator={self.kl_estimator!r} names TRL's own KL, which kl={self.kl!r} replaces: leave it out"
+        if self.kl_leave_out_equal_rewards:
+            yield "kl_leave_out_equal_rewards needs several completions of a prompt: leave it out, PPO generates one"
         if self.kl_baseline is not None:
             yield (
                 f"kl_baseline={self.kl_baseline!r} needs several completions of a prompt, but PPO generates one, and "
@@ -211,6 +223,9 @@ class KLInPPO:
             self.kl_controller = self.args.controller(self.kl_beta)
             if self.args.kl_controller != "fixed":
                 self.add_callback(BetaCallback(self, self.kl_controller))
+            self._kl_left_out = left_out(
+                self.args.kl_leave_out, tokenizer=self.processing_class, eos_token_id=self.stop_token_id
+            )
             if not self.kl_spec.allow_biased:
                 refuse(_generation_problems(self.policy_model.generation_config))
             gradient = self.kl_spec.gradient_of
@@ -224,13 +239,16 @@ class KLInPPO:
         else:
             train_with_kl()(self)
 
-    def compute_kl_terms(self, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> KLTerms:
+    def compute_kl_terms(
+        self, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, mask: Tensor, **left_out: Any
+    ) -> KLTerms:
         """The KL of sampled completions, all (B, T). Override it to experiment with terms of your own.
 
-        TRL fills masked positions with the number 1 (no log-prob); what they hold doesn't matter.
+        TRL fills masked positions with the number 1 (no log-prob); what they hold doesn't matter. `left_out` are the
+        masks of `kl_leave_out`, if it is set.
         """
         require_policy_scores(self.kl_spec, logp=logp, mask=mask, host="TRL")
-        return kl_terms(self.kl_spec, logp=logp, ref_logp=ref_logp, mask=mask, behavior_logp=old_logp)
+        return kl_terms(self.kl_spec, logp=logp, ref_logp=ref_logp, mask=mask, behavior_logp=old_logp, **left_out)
 
     def _kl_reward(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
         """(B, T). What the KL adds to the rewards of a rollout: minus its cost, or 0 if it is in the loss."""
@@ -271,11 +289,12 @@ class KLInPPO:
             normalized=True,
         )
 
-    def _kl_term(self, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+    def _kl_term(self, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, mask: Tensor, token_ids: Tensor) -> Tensor:
         """(B, T). What the KL adds to the loss of each token of a micro-batch: 0 if it is in the reward."""
         if self.args.kl_in_reward:
             return torch.zeros_like(logp.detach())
-        terms = self.compute_kl_terms(logp, old_logp, ref_logp, mask)
+        masks = self._kl_left_out.masks(token_ids, mask)
+        terms = self.compute_kl_terms(logp, old_logp, ref_logp, mask, **masks)
         self._count_kl(terms)
         return self.kl_beta * terms.loss
 

@@ -34,6 +34,7 @@ class KLInRLOO(KLTrainer):
         output["old_per_token_logps"], output["ref_per_token_logps"] = scored
         if self._sampling_logps is not None:
             output["sampling_per_token_logps"] = self._sampling_logps.take(like=scored[0])
+        self._rollout_extras(output)
         if self.kl_spec.baseline is not None:
             output["kl_baseline"] = self._rollout_baseline(scored[0], output)
         return output

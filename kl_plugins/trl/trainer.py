@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kl_plugins.errors import PatchError, refuse
+from kl_plugins.leave_out import equal_reward_rows, left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
@@ -25,6 +26,7 @@ class KLTrainer:
     """Mixed into a TRL trainer. `kl_spec` is what `args.kl*` asked for; None leaves every method TRL's own."""
 
     _on_logps: Callable[[Tensor], None] | None = None
+    _kl_rewards: Tensor | None = None  # of the rollout at hand, all processes'
     _kl_made = 0  # terms, in training steps
     length_normalized = ""
     """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
@@ -47,6 +49,11 @@ class KLTrainer:
             self._kl_since_update: Tensor | None = None
             if self.args.kl_controller != "fixed":
                 self.add_callback(BetaCallback(self, self.kl_controller))
+            self._kl_left_out = left_out(
+                self.args.kl_leave_out,
+                tokenizer=getattr(self.processing_class, "tokenizer", self.processing_class),
+                eos_token_id=getattr(self.model.generation_config, "eos_token_id", None),
+            )
             self._check_sampling()
             self._say_what_is_trained()
 
@@ -61,7 +68,8 @@ class KLTrainer:
     def _say_what_is_trained(self) -> None:
         gradient = self.kl_spec.gradient_of
         say = logger.warning if gradient in ("zero", "biased") else logger.info
-        say(f"KL term: {self.kl_spec}; its expected on-policy gradient is {gradient}")
+        kept = " of the tokens that are not left out" if self._kl_left_out.token_ids else ""
+        say(f"KL term: {self.kl_spec}; its expected on-policy gradient is {gradient}{kept}")
         loss_type = getattr(self.args, "loss_type", None)
         by_length = self.length_normalized or (f"loss_type={loss_type!r}" if loss_type in ("grpo", "sapo") else "")
         if by_length:
@@ -124,7 +132,35 @@ class KLTrainer:
             mask=mask,
             behavior_logp=inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps")),
             baseline=inputs.get("kl_baseline"),
+            **self._left_out(inputs),
         )
+
+    def _left_out(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The masks of `kl_leave_out` and `kl_leave_out_equal_rewards`, (B, T) each; empty if nothing is left out."""
+        return self._kl_left_out.masks(
+            inputs["completion_ids"], completion_mask(inputs), rows=inputs.get("kl_equal_rewards")
+        )
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._kl_rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._kl_rewards
+
+    def _rollout_extras(self, output: dict[str, Any]) -> None:
+        """Add to a rollout what is known while its groups are whole: whose rewards are equal."""
+        if self.kl_spec is None or self.beta == 0 or not self.args.kl_leave_out_equal_rewards:
+            return
+        rows = len(output["completion_ids"])
+        if self._kl_rewards is None or len(self._kl_rewards) != rows * self.accelerator.num_processes:
+            raise PatchError(
+                "kl_leave_out_equal_rewards: the rewards of this rollout were not seen; install a tested version of "
+                "TRL (a subclass must call _calculate_rewards) or leave the option out"
+            )
+        first = rows * self.accelerator.process_index
+        equal = equal_reward_rows(self._kl_rewards, self._group_size())
+        output["kl_equal_rewards"] = equal[first : first + rows].to(output["completion_ids"].device)
+
+    def _group_size(self) -> int:
+        return int(self.num_generations if self.model.training else self.num_generations_eval)
 
     def _rollout_baseline(self, logp: Tensor, inputs: dict[str, Any]) -> Tensor:
         """(B, T) leave-one-out baselines from the log-probs at rollout.
@@ -134,14 +170,15 @@ class KLTrainer:
         """
         ref_logp, mask = inputs["ref_per_token_logps"], completion_mask(inputs)
         logp = torch.where(logp.isnan(), ref_logp, logp)  # a token the engine did not score
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        group_size = self._group_size()
         if group_size < 2:  # evaluation may generate one completion a prompt
             return torch.zeros_like(logp)
         rows, length = mask.shape
-        pooled = torch.stack([logp, ref_logp, mask.to(logp.dtype)], dim=-1)
+        tensors = {"logp": logp, "ref_logp": ref_logp, "mask": mask, **self._left_out(inputs)}
+        pooled = torch.stack([tensor.to(logp.dtype) for tensor in tensors.values()], dim=-1)
         pooled = self.accelerator.gather(self.accelerator.pad_across_processes(pooled, dim=1))
-        logp, ref_logp, mask = pooled.unbind(-1)
-        baseline = leave_one_out_baseline(self.kl_spec, logp=logp, ref_logp=ref_logp, mask=mask, group_size=group_size)
+        whole = dict(zip(tensors, pooled.unbind(-1), strict=True))
+        baseline = leave_one_out_baseline(self.kl_spec, **whole, group_size=group_size)
         first = rows * self.accelerator.process_index
         return baseline[first : first + rows, :length]
 

@@ -40,6 +40,8 @@ def config(tmp_path, cls=PPOConfig, **options):
         ({"kl": "k2_as_loss", "kl_placement": "critic"}, "choose from auto, loss, reward"),
         ({"kl": "k2_as_loss", "kl_clip": "combined"}, "use kl_placement='reward'"),
         ({"kl": "k2_as_loss", "kl_gamma": 0.9}, "only credit='to_go' discounts"),
+        ({"kl": "k1_in_reward", "kl_leave_out": ["eos"]}, "use kl_placement='loss'"),
+        ({"kl": "k2_as_loss", "kl_leave_out_equal_rewards": True}, "PPO generates one"),
         ({"kl_off_policy": "none"}, "but kl is None"),
         ({"kl_placement": "loss"}, "kl_placement set, but kl is None"),
     ],

@@ -16,8 +16,8 @@ COUNT = int(MASK.sum())
 class Recording(PPOTrainer):
     """Keeps what the hooks were given and gave."""
 
-    def compute_kl_terms(self, logp, old_logp, ref_logp, mask):
-        terms = super().compute_kl_terms(logp, old_logp, ref_logp, mask)
+    def compute_kl_terms(self, logp, old_logp, ref_logp, mask, **left_out):
+        terms = super().compute_kl_terms(logp, old_logp, ref_logp, mask, **left_out)
         vars(self).setdefault("seen", []).append((logp, old_logp, ref_logp, mask, terms))
         return terms
 
@@ -91,6 +91,30 @@ TERMS = {
         lambda u, rho: torch.where(((u > 0) & (rho < 0.8)) | ((u < 0) & (rho > 1.2)), 0.0, rho.clamp(max=CLIP)) * u,
     ),
 }
+
+
+def test_tokens_left_out_of_the_term_in_the_loss(make_trainer, moved, rollout):
+    trainer, found = moved(kl="k1_in_reward", kl_placement="loss", kl_off_policy="none", kl_leave_out=["eos", "5"])
+    fresh = make_trainer(dtype=torch.float64)
+    logp = forward(fresh.policy_model, rollout[0])
+    out = ((rollout[0] == EOS) | (rollout[0] == 5)) & MASK
+    with torch.no_grad():
+        u = torch.where(MASK, logp - forward(fresh.ref_model, rollout[0]), 0.0)
+        instead = torch.where(out, 1 - (-u).exp(), u)
+        coefficient = suffix(instead) - torch.where(out, instead, 0.0)
+
+    def gradient(c):
+        fresh.policy_model.zero_grad()
+        (torch.where(MASK, c, 0.0) * logp).sum().div(COUNT).backward(retain_graph=True)
+        return torch.cat([p.grad.flatten() for p in fresh.policy_model.parameters()])
+
+    wanted = gradient(coefficient)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    for twin in (suffix(instead), suffix(torch.where(out, 0.0, u)), suffix(u)):
+        assert (gradient(twin) - wanted).norm() > 1e-2 * wanted.norm()
+    log = trainer.state.log_history[-1]
+    assert log["kl/left_out"] == pytest.approx(int(out.sum()) / COUNT)
+    assert log["kl/left_out_k1"] == pytest.approx(u[out].mean().item())
 
 
 @pytest.mark.parametrize("name", TERMS)

@@ -63,6 +63,17 @@ def expected_gradient(trainer, others, *, engine_known: bool) -> torch.Tensor:
     return total
 
 
+def true_gradient_without(trainer, others, left_out: int) -> torch.Tensor:
+    """Of the generalized KL of whole completions over all tokens but one: sum (p log(p / r) - p + r) at each state."""
+    model = trainer.model
+    model.zero_grad()
+    logp, reference = token_logp(model), others["reference"]
+    kept = (PAIRS != left_out) * (logp.exp() * (logp - reference) - logp.exp() + reference.exp())
+    first = kept[:, 0][PAIRS[:, 1] == 0].sum()  # each first token once
+    (0.1 * (first + (logp[:, 0].exp() * kept[:, 1] * MASK[:, 1]).sum())).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
 def true_gradient(trainer, others, of: str) -> torch.Tensor:
     """Of the KL of whole completions, or of the next-token KLs on the engine's prefixes."""
     model = trainer.model
@@ -103,6 +114,19 @@ def test_expected_gradient_in_the_parameters(make_trainer, others, cls, options,
     assert relative_error(expected_gradient(trainer, others, engine_known=True), wanted) < 1e-6
     ignored = relative_error(expected_gradient(trainer, others, engine_known=False), wanted)
     assert ignored > 0.02  # the bias of not weighing the KL by the engine's probabilities
+
+
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+@pytest.mark.parametrize(("words", "token"), [(["eos"], EOS), (["7"], 7), (["+"], 12)])
+def test_expected_gradient_with_a_token_left_out(make_trainer, others, cls, words, token):
+    options = {"kl": "k1_in_reward", "kl_off_policy": "prefix", "kl_baseline": None, "kl_weight_clip": [0.0, 1e6]}
+    if cls is GRPOTrainer:
+        options["loss_type"] = "luspo"
+    trainer = make_trainer(cls, kl_leave_out=words, **options)
+    trainer.model.double()
+    found = expected_gradient(trainer, others, engine_known=True)
+    assert relative_error(found, true_gradient_without(trainer, others, token)) < 1e-6
+    assert relative_error(found, true_gradient(trainer, others, "reverse_kl")) > 0.02
 
 
 def test_a_reduction_by_length_is_biased_whatever_the_kl(make_trainer, others):

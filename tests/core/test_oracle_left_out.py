@@ -1,0 +1,205 @@
+"""Tokens left out of the KL: whose gradient remains, by enumeration, and the slips that look alike."""
+
+import math
+
+import pytest
+import torch
+
+from kl_plugins import KLSpec, kl_terms
+from kl_plugins.errors import ConfigError
+from kl_plugins.metrics import SUMS, kl_metrics, kl_sums
+from kl_plugins.oracle import RTOL, enumerate_sequences, expected_gradient, relative_error, structured_policies
+
+UNBOUNDED = (0.0, math.inf)
+TOKENS = pytest.mark.parametrize("tokens", [(0,), (1,), (0, 2)], ids=str)
+SEQUENCE = [("k1_in_reward", "to_go"), ("k1_in_reward", "sequence"), ("k2_as_loss", "sequence")]
+LOCAL = [("k1_in_reward", "reverse"), ("k2_as_loss", "reverse"), ("k3_as_loss", "forward")]
+
+
+def left_out(case, tokens=(), positions=()):
+    """The (N, T) arguments of `kl_terms`."""
+    by_token = torch.isin(case.sequences.tokens, torch.tensor(tokens, dtype=torch.long))
+    by_position = torch.zeros_like(by_token)
+    by_position[:, list(positions)] = True
+    masks = {"left_out_tokens": by_token} if tokens else {}
+    return masks | ({"left_out_positions": by_position} if positions else {})
+
+
+def prefix_lengths(sequences):
+    lengths = torch.zeros(sequences.prefixes, dtype=torch.long)
+    for t in range(sequences.tokens.size(1)):
+        lengths[sequences.prefix[sequences.mask[:, t], t]] = t
+    return lengths
+
+
+def true_gradient(case, exact, of, tokens=(), positions=(), prefixes_of=None):
+    """(S, V): of the generalized KL over the tokens that are kept, by differentiating it.
+
+    `of` is "sequence" (what states are visited depends on the policy), "reverse" or "forward" (states held fixed).
+    """
+    theta = case.policy.clone().requires_grad_()
+    p, r = theta.softmax(-1), case.reference.softmax(-1)
+    kept = torch.ones_like(p)
+    kept[:, list(tokens)] = 0
+    for position in positions:
+        kept[prefix_lengths(case.sequences) == position] = 0
+    whole = torch.tensor([tuple(row) == (1,) * p.size(1) for row in kept.tolist()])
+    rest = torch.where(whole, 0.0, (kept * (r - p)).sum(-1))
+    forward, reverse = (kept * r * (r / p).log()).sum(-1) - rest, (kept * p * (p / r).log()).sum(-1) + rest
+    local = forward if of == "forward" else reverse
+    if of != "sequence":
+        visits = exact.visits(case.policy if prefixes_of is None else prefixes_of, case).detach()
+        return torch.autograd.grad((visits * local).sum(), theta)[0]
+    sequences = case.sequences
+    step = torch.where(sequences.mask, p[sequences.prefix, sequences.tokens], 1.0)
+    if case.environment is not None:
+        drawn = case.environment.softmax(-1)[sequences.prefix, sequences.tokens]
+        step = step * torch.where(sequences.environment, drawn, 1.0)
+    total = (local[sequences.prefix] * sequences.mask).sum(-1)
+    return torch.autograd.grad((step.prod(-1) * total).sum(), theta)[0]
+
+
+def found(case, name, masks, behavior=None, **options):
+    spec = KLSpec.from_name(name, **options)
+    return expected_gradient(
+        spec, case.sequences, case.policy, case.reference, behavior=behavior, environment=case.environment, **masks
+    )
+
+
+@TOKENS
+@pytest.mark.parametrize(("name", "credit"), SEQUENCE)
+def test_sequence_gradient_of_the_kept_tokens(name, credit, tokens, case, exact):
+    expected = true_gradient(case, exact, "sequence", tokens)
+    assert relative_error(found(case, name, left_out(case, tokens), credit=credit), expected) <= RTOL
+
+
+@TOKENS
+@pytest.mark.parametrize(("name", "of"), LOCAL)
+def test_local_gradient_of_the_kept_tokens(name, of, tokens, case, exact):
+    expected = true_gradient(case, exact, of, tokens)
+    assert relative_error(found(case, name, left_out(case, tokens), credit="token"), expected) <= RTOL
+
+
+@pytest.mark.parametrize("positions", [(0,), (1, 3)], ids=str)
+@pytest.mark.parametrize(("name", "credit"), SEQUENCE)
+def test_positions_cost_nothing_and_answer_for_later_ones(name, credit, positions, case, exact):
+    expected = true_gradient(case, exact, "sequence", positions=positions)
+    assert relative_error(found(case, name, left_out(case, (), positions), credit=credit), expected) <= RTOL
+
+
+@pytest.mark.parametrize(("name", "credit"), SEQUENCE)
+def test_both_at_once(name, credit, case, exact):
+    expected = true_gradient(case, exact, "sequence", (0,), (0, 2))
+    assert relative_error(found(case, name, left_out(case, (0,), (0, 2)), credit=credit), expected) <= RTOL
+
+
+@pytest.mark.parametrize("off", ["prefix", "sequence"])
+@pytest.mark.parametrize(("name", "credit"), SEQUENCE)
+def test_off_policy(name, credit, off, case, exact):
+    masks = left_out(case, (0,), (1,))
+    options = {"credit": credit, "off_policy": off, "weight_clip": UNBOUNDED}
+    expected = true_gradient(case, exact, "sequence", (0,), (1,))
+    assert relative_error(found(case, name, masks, case.behavior, **options), expected) <= RTOL
+
+
+@pytest.mark.parametrize(("name", "of"), LOCAL)
+def test_off_policy_local(name, of, case, exact):
+    masks, options = left_out(case, (0,)), {"credit": "token", "weight_clip": UNBOUNDED}
+    expected = true_gradient(case, exact, of, (0,), prefixes_of=case.behavior)
+    assert relative_error(found(case, name, masks, case.behavior, **options), expected) <= RTOL
+
+
+def test_discounted(case):
+    """gamma < 1: each later cost is an estimate of the divergence at its state, whatever it is multiplied with."""
+    options = {"gamma": 0.5, "allow_biased": True}
+    whole = found(case, "k1_in_reward", left_out(case, (0,)), **options)
+    prefix = options | {"off_policy": "prefix", "weight_clip": UNBOUNDED}
+    assert relative_error(found(case, "k1_in_reward", left_out(case, (0,)), case.behavior, **prefix), whole) <= RTOL
+
+
+def test_leave_one_out_keeps_the_gradient():
+    sequences = enumerate_sequences(3, 3)
+    policy, reference, _ = structured_policies(sequences, seed=1)
+    masks = {"left_out_tokens": sequences.tokens == 0}
+    plain = expected_gradient(KLSpec.from_name("k1_in_reward"), sequences, policy, reference, **masks)
+    spec = KLSpec.from_name("k1_in_reward", baseline="leave_one_out")
+    grouped = expected_gradient(spec, sequences, policy, reference, group_size=2, **masks)
+    assert relative_error(grouped, plain) <= RTOL
+
+
+@TOKENS
+def test_wrong_ways_to_leave_tokens_out(tokens, steered, exact):
+    """Twins: a masked token, a zeroed log-ratio, and a cost of 1 - exp(-u) to the token itself, too."""
+    expected = true_gradient(steered, exact, "sequence", tokens)
+    out = left_out(steered, tokens)["left_out_tokens"] & steered.sequences.mask
+    u = steered.log_ratio
+    zeroed = torch.where(out, 0.0, u)
+    replaced = torch.where(out, -torch.expm1(-u), u)
+
+    def to_go(x):
+        return x.flip(-1).cumsum(-1).flip(-1)
+
+    right = to_go(replaced) - torch.where(out, replaced, 0.0)
+    assert relative_error(exact.by_score(right, steered), expected) <= RTOL
+    for wrong in (to_go(zeroed), to_go(replaced), torch.where(out, 0.0, to_go(zeroed)), to_go(u)):
+        assert relative_error(exact.by_score(wrong, steered), expected) > 1e-2
+
+
+def test_equal_on_the_kept_tokens_is_no_gradient():
+    """Where policy and reference agree on what is kept, nothing pulls: the masked coefficient's fixed point."""
+    ref_logp = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64)
+    logp = (ref_logp + torch.tensor([0.0, 0.0, 3.0])).requires_grad_()
+    terms = kl_terms(
+        KLSpec.from_name("k2_as_loss"),
+        logp=logp,
+        ref_logp=ref_logp,
+        mask=torch.ones(1, 3),
+        left_out_tokens=torch.tensor([[0, 0, 1]]),
+    )
+    terms.loss.sum().backward()
+    assert logp.grad.abs().max() == 0
+
+
+def test_metrics_show_what_was_left_out():
+    logp = torch.tensor([[-1.0, -1.0, -1.0, -1.0]])
+    ref_logp = torch.tensor([[-1.5, -2.0, -5.0, -9.0]])
+    terms = kl_terms(
+        KLSpec.from_name("k2_as_loss"),
+        logp=logp,
+        ref_logp=ref_logp,
+        mask=torch.tensor([[1, 1, 1, 0]]),
+        left_out_tokens=torch.tensor([[0, 0, 1, 1]]),
+    )
+    sums = kl_sums(terms, beta=2.0)
+    assert sums.shape == (len(SUMS),)
+    metrics = kl_metrics(sums, weight_max=terms.weight.max(), beta=2.0)
+    assert metrics["kl/k1"] == pytest.approx((0.5 + 1.0) / 2)
+    assert metrics["kl/loss"] == pytest.approx(2 * (0.125 + 0.5) / 2)
+    assert metrics["kl/left_out"] == pytest.approx(1 / 3)
+    assert metrics["kl/left_out_k1"] == pytest.approx(4.0)
+    assert metrics["kl/ess"] == pytest.approx(1.0)
+
+
+def test_nothing_left_out_is_nothing_changed(case):
+    plain = found(case, "k1_in_reward", {})
+    nothing = torch.zeros_like(case.sequences.tokens)
+    assert torch.equal(found(case, "k1_in_reward", {"left_out_tokens": nothing, "left_out_positions": nothing}), plain)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"left_out_tokens": torch.full((1, 2), 2)}, "left_out_tokens must be 0 or 1"),
+        ({"left_out_positions": torch.ones(1, 3)}, "left_out_positions"),
+    ],
+)
+def test_refused(masks, message):
+    logp = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=message):
+        kl_terms(KLSpec.from_name("k2_as_loss"), logp=logp, ref_logp=logp, mask=torch.ones(1, 2), **masks)
+
+
+def test_costs_that_are_no_log_ratios_are_refused():
+    logp, spec = torch.zeros(1, 2), KLSpec.from_name("k3_in_reward", allow_biased=True)
+    with pytest.raises(ConfigError, match="known for log-ratios only"):
+        kl_terms(spec, logp=logp, ref_logp=logp, mask=torch.ones(1, 2), left_out_tokens=torch.ones(1, 2))

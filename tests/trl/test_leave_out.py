@@ -1,0 +1,133 @@
+"""Tokens and groups left out of the KL by real trainers, and what is refused before training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_trl import loss_and_gradients, micro_batch
+
+from kl_plugins.errors import ConfigError
+from kl_plugins.leave_out import LeftOut, equal_reward_rows, left_out
+from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOTrainer
+
+TRAINERS = pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer, GMPOTrainer])
+
+
+def lines(trainer, name):
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+@TRAINERS
+def test_a_run_says_what_is_left_out(make_trainer, cls):
+    seen = []
+
+    class Watched(cls):
+        def compute_kl_terms(self, logp, inputs):
+            terms = super().compute_kl_terms(logp, inputs)
+            ends = (inputs["completion_ids"] == 1) & inputs["completion_mask"].bool()
+            assert torch.equal(terms.left_out, ends)
+            seen.append((int(ends.sum()), int(terms.mask.sum())))
+            return terms
+
+    trainer = make_trainer(Watched, config=type(make_trainer(cls).args), kl="k1_in_reward", kl_leave_out=["eos"])
+    trainer.train()
+    assert sum(ends for ends, _ in seen) > 0
+    shares = lines(trainer, "kl/left_out")
+    assert shares == pytest.approx([ends / tokens for ends, tokens in seen if ends])
+    assert all(torch.isfinite(torch.tensor(lines(trainer, "kl/left_out_k1"))))
+
+
+@TRAINERS
+def test_everything_left_out_is_no_gradient(make_trainer, cls):
+    """All tokens but the KL's value stay in the policy loss; with advantages of 0 nothing is left to learn."""
+    trainer = make_trainer(cls, kl="k2_as_loss", kl_leave_out=[str(index) for index in range(16)])
+    batch = micro_batch(trainer)
+    batch["advantages"] = torch.zeros_like(batch["advantages"])
+    assert loss_and_gradients(trainer, batch)[1].abs().max() == 0
+    with_kl = make_trainer(cls, kl="k2_as_loss")
+    assert loss_and_gradients(with_kl, batch)[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+@pytest.mark.parametrize("baseline", [None, "leave_one_out"])
+def test_groups_of_equal_rewards(make_trainer, cls, baseline):
+    """Groups are told apart before TRL shuffles the rows; where rewards differ the KL is what it was."""
+    seen = []
+
+    def by_group(completions, prompts, **kwargs):
+        return [float(prompt[0] in "0123") * (index % 3) for index, prompt in enumerate(prompts)]
+
+    class Watched(cls):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            prompts = [self.processing_class.decode(ids) for ids in output["prompt_ids"]]
+            expected = [not any(digit in prompt[: prompt.index("+")] for digit in "0123") for prompt in prompts]
+            assert output["kl_equal_rewards"].tolist() == expected
+            return output
+
+        def compute_kl_terms(self, logp, inputs):
+            terms = super().compute_kl_terms(logp, inputs)
+            equal = inputs["kl_equal_rewards"]
+            assert torch.equal(terms.left_out, terms.mask & equal[:, None])
+            assert terms.score_coefficient[equal].abs().max() == 0 if equal.any() else True
+            seen.append(equal.float().mean().item())
+            return terms
+
+    trainer = make_trainer(
+        Watched,
+        config=type(make_trainer(cls).args),
+        kl="k1_in_reward",
+        kl_baseline=baseline,
+        kl_leave_out_equal_rewards=True,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=4,
+        max_steps=3,
+    )
+    trainer.reward_funcs = [by_group]
+    trainer.train()
+    assert 0 < sum(seen) / len(seen) < 1
+    assert any(lines(trainer, "kl/left_out"))
+
+
+def test_the_first_token(make_trainer):
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_leave_out=["first", "eos"])
+    batch = micro_batch(trainer)
+    terms = trainer.compute_kl_terms(batch["old_per_token_logps"].clone().requires_grad_(), batch)
+    assert terms.left_out[:, 0].all()
+    assert terms.coefficient[:, 0].abs().max() > 0  # it answers for what follows
+
+
+def test_masks_of_the_resolved_words(make_trainer):
+    tokenizer = make_trainer(GRPOTrainer).processing_class
+    found = left_out(["eos", "special", "first", "12", "-"], tokenizer=tokenizer, eos_token_id=[1, 5])
+    assert found == LeftOut(token_ids=(0, 1, 5, 12, 13), first=True)
+    ids = torch.tensor([[2, 12, 1, 0], [3, 3, 3, 3]])
+    masks = found.masks(ids, torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]), rows=torch.tensor([False, True]))
+    assert masks["left_out_tokens"].tolist() == [[False, True, True, True], [False] * 4]
+    assert masks["left_out_positions"].tolist() == [[True, False, False, False], [True] * 4]
+    assert LeftOut().masks(ids, ids) == {}
+
+
+def test_equal_rewards_are_equal_bit_for_bit():
+    nan = float("nan")
+    rewards = torch.tensor([[0.1, nan], [0.1, nan], [0.1, 0.0], [0.1 + 1e-7, 0.0], [nan, 1.0], [0.0, 1.0]])
+    assert equal_reward_rows(rewards, 2).tolist() == [True, True, False, False, False, False]
+    assert equal_reward_rows(rewards[:, 0], 3).tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("words", [["<nothing>"], ["99"], ["-1"], ["1+1"]])
+def test_what_is_no_token_is_refused(make_trainer, words):
+    with pytest.raises(ConfigError, match="kl_leave_out has"):
+        make_trainer(GRPOTrainer, kl="k2_as_loss", kl_leave_out=words)
+
+
+def test_refused_before_a_model_is_loaded(tmp_path):
+    def config(**options):
+        return GRPOConfig(output_dir=str(tmp_path), beta=0.1, use_cpu=True, bf16=False, **options)
+
+    with pytest.raises(ConfigError, match="known for log-ratios only"):
+        config(kl="k2_in_reward", kl_allow_biased=True, kl_leave_out=["eos"])
+    with pytest.raises(ConfigError, match="kl_leave_out set, but kl is None"):
+        config(kl_leave_out=["eos"])
+    assert config(kl="k3_as_loss", kl_leave_out="eos").kl_leave_out == ["eos"]
+    assert config(kl="k2_in_reward", kl_allow_biased=True, kl_leave_out=["first"]).kl_leave_out == ["first"]
