@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kl_plugins.errors import ConfigError, refuse
+
+if TYPE_CHECKING:  # options are read, and explained, without torch
+    from torch import Tensor
 
 WORDS = ("eos", "special", "first")
 
@@ -28,6 +28,8 @@ class LeftOut:
 
     def masks(self, token_ids: Tensor, mask: Tensor, rows: Tensor | None = None) -> dict[str, Any]:
         """The arguments of `kl_terms` for (B, T) tokens that count where `mask` is 1; `rows` (B,): whole sequences."""
+        import torch
+
         masks: dict[str, Any] = {}
         if self.token_ids:
             masks["left_out_tokens"] = torch.isin(token_ids, torch.tensor(self.token_ids, device=token_ids.device))
@@ -73,6 +75,12 @@ def special_ids(tokenizer: Any) -> set[int]:
     """The tokens that mark text instead of being some, ends included."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {*tokenizer.all_special_ids, *added}
+
+
+def token_classes(tokenizer: Any, eos_token_id: int | Collection[int] | None) -> list[int]:
+    """Token id -> index into `monitor.CLASSES`: text, ends of a completion, other special tokens; the last is text."""
+    eos, special = eos_ids(tokenizer, eos_token_id), special_ids(tokenizer)
+    return [1 if index in eos else 2 if index in special else 0 for index in range(max(eos | special, default=-1) + 2)]
 
 
 def equal_reward_rows(rewards: Tensor, group_size: int) -> Tensor:

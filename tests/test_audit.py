@@ -672,7 +672,7 @@ def test_ctrl_c_of_the_real_command(folders, tmp_path):
     for _ in range(4):
         next(drawn)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 130
     assert strict(tmp_path / "out" / "audit.json")["status"] == "partial"
 

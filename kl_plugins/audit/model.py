@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kl_plugins.audit.gradients import Scored
 from kl_plugins.errors import ConfigError
+from kl_plugins.vocabulary import require_one_tokenizer
 
 
 class Pair:
@@ -36,7 +37,7 @@ class Pair:
             for name in (model, reference)
         )
         _require_one_vocabulary(self.policy, self.reference, model, reference)
-        _require_one_tokenizer(self.tokenizer, model, reference)
+        require_one_tokenizer(self.tokenizer, model, reference)
         self.ends = _end_tokens(self.policy, self.tokenizer)
         self.pad = next(
             i for i in (self.tokenizer.pad_token_id, *sorted(self.ends), 0) if i is not None
@@ -191,23 +192,6 @@ def _require_one_vocabulary(policy: Any, reference: Any, model: str, other: str)
         raise ConfigError(
             f"{model} has a vocabulary of {sizes[0]} and the reference {other} one of {sizes[1]}: a KL needs one and "
             "the same; the reference is usually the model that training started from"
-        )
-
-
-def _require_one_tokenizer(tokenizer: Any, model: str, reference: str) -> None:
-    from transformers import AutoTokenizer
-
-    try:
-        other = AutoTokenizer.from_pretrained(reference)
-    except (OSError, ValueError, KeyError):
-        return  # a reference without a tokenizer; the size of the vocabulary has been compared
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if mine != theirs:
-        words = sorted(word for word in {*mine, *theirs} if mine.get(word) != theirs.get(word))
-        first = words[0]
-        raise ConfigError(
-            f"the tokenizers of {model} and of the reference {reference} differ in {len(words)} tokens, such as "
-            f"{first!r} ({mine.get(first)} and {theirs.get(first)}): a KL needs the same tokens in both"
         )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kl_plugins.trl.gmpo import GMPOConfig as GMPOConfig
     from kl_plugins.trl.gmpo import GMPOTrainer as GMPOTrainer
     from kl_plugins.trl.grpo import GRPOTrainer
+    from kl_plugins.trl.monitor import KLMonitorCallback
     from kl_plugins.trl.ppo import PPOConfig as PPOConfig
     from kl_plugins.trl.ppo import PPOTrainer as PPOTrainer
     from kl_plugins.trl.rloo import RLOOTrainer
@@ -23,13 +24,14 @@ _HOME = {
     "GMPOTrainer": "gmpo",
     "GRPOConfig": "config",
     "GRPOTrainer": "grpo",
+    "KLMonitorCallback": "monitor",
     "PPOConfig": "ppo",
     "PPOTrainer": "ppo",
     "RLOOConfig": "config",
     "RLOOTrainer": "rloo",
 }
 # Without those that some releases of TRL lack, so that `import *` works with any.
-__all__ = ["GRPOConfig", "GRPOTrainer", "RLOOConfig", "RLOOTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "KLMonitorCallback", "RLOOConfig", "RLOOTrainer"]
 
 
 def __getattr__(name: str) -> Any:

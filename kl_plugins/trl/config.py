@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import trl
@@ -11,6 +11,7 @@ import trl
 from kl_plugins.options import option
 from kl_plugins.registry import get_loss
 from kl_plugins.trl.fields import KLFields, check_trl
+from kl_plugins.trl.reference import reference_problems
 from kl_plugins.trl.sampling import sampling_problems
 from kl_plugins.trl.seam import unclaimed_beta
 
@@ -26,6 +27,27 @@ class OnlineFields(KLFields):
 
     kl_part = ""
     """The part of `patches/trl.toml` that the trainer relies on."""
+    kl_reference: str | None = option(
+        None,
+        "What the KL is to: a path or hub id; with PEFT base, or adapter:NAME (or its path); None is TRL's.",
+    )
+    kl_reference_every: int | None = option(
+        None, "Optimizer steps after which the reference moves to the policy; None: it stays where it is."
+    )
+    kl_reference_decay: float = option(0.0, "What remains of the reference then: 0 replaces it, 0.99 averages.")
+
+    def changed_kl_options(self) -> list[str]:
+        """The options that are not at the default of this package."""
+        defaults = {f.name: f.default for f in fields(OnlineFields) if f.name.startswith("kl_reference")}
+        return [
+            *super().changed_kl_options(),
+            *(name for name, default in defaults.items() if getattr(self, name) != default),
+        ]
+
+    def _none_from_words(self) -> None:
+        super()._none_from_words()
+        if str(self.kl_reference).lower() in ("none", "null"):
+            self.kl_reference = None
 
     def _check_host(self) -> None:
         check_trl(*self.kl_part.split(), *(["vllm"] if self.use_vllm else []))
@@ -42,6 +64,7 @@ class OnlineFields(KLFields):
                         f"{name}={getattr(self, name)!r} is not used with kl_clip='combined', where TRL's own ratio "
                         "and epsilon apply to the KL: leave it out"
                     )
+        yield from reference_problems(self)
         if not self.kl_allow_biased:
             yield from sampling_problems(self)
 

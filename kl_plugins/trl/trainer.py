@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from kl_plugins.errors import PatchError, refuse
@@ -15,6 +17,7 @@ from kl_plugins.leave_out import equal_reward_rows, left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
+from kl_plugins.trl.reference import MovingReference, load_trained_adapter, start_reference, without_hosts_reference
 from kl_plugins.trl.sampling import model_generation_problems
 from kl_plugins.trl.seam import unclaimed_beta
 from kl_plugins.trl.vllm import follow_policy_on_cpu, require_processed_logprobs
@@ -27,12 +30,14 @@ class KLTrainer:
 
     _on_logps: Callable[[Tensor], None] | None = None
     _kl_rewards: Tensor | None = None  # of the rollout at hand, all processes'
+    kl_reference: MovingReference | None = None
     _kl_made = 0  # terms, in training steps
     length_normalized = ""
     """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with without_hosts_reference(self, given=[*args, *kwargs.values()]):
+            super().__init__(*args, **kwargs)
         self.start_kl()
 
     def start_kl(self) -> None:
@@ -44,8 +49,9 @@ class KLTrainer:
         if self.use_vllm:
             follow_policy_on_cpu(self.vllm_generation)
         if self.kl_spec is not None:
-            self.set_beta(float(self.beta))
-            self.kl_controller = self.args.controller(float(self.beta))
+            self.set_beta(float(self.args.beta))
+            self.kl_controller = self.args.controller(float(self.args.beta))
+            start_reference(self)
             self._kl_since_update: Tensor | None = None
             if self.args.kl_controller != "fixed":
                 self.add_callback(BetaCallback(self, self.kl_controller))
@@ -94,6 +100,19 @@ class KLTrainer:
                 "it: a subclass must call the compute_loss and _compute_loss of kl_plugins.trl"
             )
         return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.kl_reference is not None and self.args.should_save:
+            step = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.kl_reference.save(Path(self._get_output_dir(trial), step))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        if self.kl_spec is not None:
+            load_trained_adapter(self, resume_from_checkpoint)
+        if self.kl_reference is not None:
+            self.kl_reference.load(Path(resume_from_checkpoint))
 
     @contextmanager
     def _logps_seen_by(self, see: Callable[[Tensor], None], times: int):

@@ -1,0 +1,277 @@
+"""Which policy the KL of a TRL trainer is to: another model, an adapter, or one that follows the policy.
+
+TRL scores its rollouts with `ref_model`, with PEFT with the adapter called "ref", or with all adapters disabled; what
+is done here is to put the reference that was asked for in one of those places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl.trainer.utils as trl_utils
+from accelerate.utils import is_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from kl_plugins.errors import ConfigError, refuse
+from kl_plugins.vocabulary import require_one_tokenizer
+
+ADAPTER = "adapter:"
+STATE_FILE = "kl_reference.safetensors"
+_REF = "ref"  # TRL's name for the adapter that is the reference
+
+
+@contextmanager
+def without_hosts_reference(trainer: Any, given: Collection[Any]) -> Iterator[None]:
+    """While `trainer` is made of the arguments `given`: TRL makes no reference where another takes its place.
+
+    TRL's RLOO copies a trained adapter as its reference whatever beta is; that copy is deleted again.
+    """
+    args = next((each for each in given if hasattr(each, "kl_reference")), None)
+    if args is None or args.kl is None or args.kl_reference is None:
+        yield
+        return
+    if any(isinstance(each, torch.nn.Module) and _REF in getattr(each, "peft_config", ()) for each in given):
+        raise ConfigError(
+            f"kl_reference={args.kl_reference!r} with a model that has an adapter called {_REF!r}, TRL's name for its "
+            "own reference: save that adapter under another name"
+        )
+    beta, args.beta = args.beta, 0.0
+    try:
+        yield
+    finally:
+        args.beta = beta
+    if _REF in getattr(trainer.model, "peft_config", {}):
+        trainer.model.delete_adapter(_REF)
+
+
+def reference_problems(args: Any) -> Iterator[str]:
+    """What is wrong with the `kl_reference*` of a config, before there is a model."""
+    every, decay = args.kl_reference_every, args.kl_reference_decay
+    if every is not None and every < 1:
+        yield f"kl_reference_every={every}: a number of optimizer steps, at least 1"
+    if not 0 <= decay < 1:
+        yield f"kl_reference_decay={decay}: what remains of the reference at an update is in [0, 1)"
+    if decay and every is None:
+        yield f"kl_reference_decay={decay} moves nothing by itself: set kl_reference_every, 1 for all steps"
+    if args.sync_ref_model and (args.kl_reference is not None or every is not None):
+        yield "sync_ref_model=True moves TRL's own reference: use kl_reference_every and kl_reference_decay instead"
+    if args.kl_reference == ADAPTER + _REF:
+        yield f"kl_reference={args.kl_reference!r}, TRL's name for its own: save that adapter under another name"
+    if every is not None and args.kl_reference == "base":
+        yield "kl_reference='base' with kl_reference_every: the base model is no adapter that can move; leave one out"
+
+
+def start_reference(trainer: Any) -> None:
+    """Give `trainer`, which TRL has just made, the reference of its config.
+
+    Raises `ConfigError` for one that the model, its adapters or the way it is distributed don't allow.
+    """
+    args, peft = trainer.args, is_peft_model(trainer.model)
+    asked, distributed = args.kl_reference, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    problems = []
+    if asked is not None and not peft and (asked == "base" or asked.startswith(ADAPTER)):
+        problems.append(
+            f"kl_reference={asked!r} is about adapters, and this model has none: leave it out, or name a model"
+        )
+    if distributed and (args.kl_reference_every is not None or (asked is not None and _is_model(asked))):
+        problems.append(
+            "kl_reference with DeepSpeed or FSDP can only be 'base' or an adapter that stays as it is: leave it out, "
+            "or use TRL's sync_ref_model"
+        )
+    if args.kl_reference_every is not None and peft and asked is not None and _is_model(asked):
+        problems.append(
+            f"kl_reference={asked!r} with kl_reference_every: with PEFT an adapter moves; name 'adapter:NAME'"
+        )
+    refuse(problems)
+    if asked is not None and _is_model(asked):
+        trainer.ref_model = load_reference(trainer, asked)
+    elif asked is not None and asked.startswith(ADAPTER):
+        _use_adapter(_unwrapped(trainer), asked.removeprefix(ADAPTER))
+    if args.kl_reference_every is not None:
+        trainer.kl_reference = MovingReference(trainer)
+        trainer.add_callback(trainer.kl_reference)
+
+
+class MovingReference(TrainerCallback):
+    """Every `kl_reference_every` optimizer steps: reference = decay * reference + (1 - decay) * policy.
+
+    Elementwise, in float32 also where the reference is kept in half precision (else small steps round to none); with
+    PEFT on the matrices of the adapter. The rollouts that follow are scored with it. It is in checkpoints.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.every, self.decay = trainer.args.kl_reference_every, trainer.args.kl_reference_decay
+        self._pairs = dict(_pairs(trainer))
+        self._exact = {
+            name: reference.float() if self.decay and reference.dtype.itemsize < 4 else reference
+            for name, (reference, _) in self._pairs.items()
+        }
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move, if it is time."""
+        if state.global_step % self.every == 0:
+            self.move()
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """One update."""
+        for name, (reference, policy) in self._pairs.items():
+            exact = self._exact[name]
+            exact.lerp_(policy.to(exact.dtype), 1 - self.decay)
+            if exact is not reference:
+                reference.copy_(exact)
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self._exact.items()}
+        save_file(state, folder / STATE_FILE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Read it from a checkpoint. `ConfigError` if it holds none, or that of another model."""
+        path = folder / STATE_FILE
+        if not path.exists():
+            raise ConfigError(
+                f"kl_reference_every is set, but the checkpoint {folder} holds no {STATE_FILE}: resume one of a run "
+                "with that option, or start without a checkpoint"
+            )
+        state = load_file(path)
+        if {name: tuple(t.shape) for name, t in state.items()} != {n: tuple(t.shape) for n, t in self._exact.items()}:
+            raise ConfigError(f"{path} holds the reference of another model: resume with the model it was saved with")
+        for name, (reference, _) in self._pairs.items():
+            self._exact[name].copy_(state[name])
+            reference.copy_(state[name])
+
+
+def load_reference(trainer: Any, reference: str | torch.nn.Module) -> Any:
+    """A model, from a path, a hub id or as it is, prepared as TRL prepares its own reference.
+
+    Draws no random numbers. Raises `ConfigError` for a model whose tokens are others than the policy's.
+    """
+    args = trainer.args
+    if getattr(args, "cast_lm_head_to_fp32", False):  # GRPO's
+        raise ConfigError(
+            f"a reference of one's own ({reference!r}) with cast_lm_head_to_fp32=True, without which it would be "
+            "scored: set that to False"
+        )
+    model = reference if isinstance(reference, torch.nn.Module) else _loaded(trainer, reference)
+    if hasattr(trl_utils, "add_fused_lm_head") and not hasattr(model, "kl_reference_head"):  # TRL from 1.15 on
+        trl_utils.add_fused_lm_head(model, temperature=trainer.temperature)
+        model.kl_reference_head = True  # type: ignore[assignment]  # it may be used again
+    return trainer.accelerator.prepare_model(model.eval(), evaluation_mode=True)
+
+
+def _loaded(trainer: Any, name: str) -> Any:
+    processor = trainer.processing_class
+    policy_name = trl_utils.get_config_model_id(trainer.model.config)
+    same_tokens = require_one_tokenizer(getattr(processor, "tokenizer", processor), policy_name, name)
+    options = dict(trainer.args.model_init_kwargs or {})
+    if trainer.accelerator.num_processes > 1:
+        options["device_map"] = None
+    options.setdefault("dtype", trainer.model.dtype)
+    options.setdefault("attn_implementation", trainer.model.config._attn_implementation)
+    device = trainer.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            model = trl_utils.create_model_from_path(name, **options).requires_grad_(False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the reference {name!r} can't be loaded ({str(error).splitlines()[0]}): give the path or hub id of a "
+                "causal language model"
+            ) from error
+    sizes = [m.get_output_embeddings().weight.shape[0] for m in (trainer.model, model)]
+    if not same_tokens and sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"the policy has {sizes[0]} tokens and the reference {name!r} {sizes[1]}, and no tokenizer is saved with "
+            "it: a KL needs the same tokens in both"
+        )
+    return model
+
+
+def load_trained_adapter(trainer: Any, checkpoint: str) -> None:
+    """Load the adapter that is trained from a checkpoint that holds the reference's, too.
+
+    transformers (5.15) then loads the adapters in subfolders only, and would go on from an untrained one.
+    """
+    model = _unwrapped(trainer)
+    if is_peft_model(model) and _REF in model.peft_config and Path(checkpoint, "adapter_config.json").exists():
+        model.load_adapter(checkpoint, adapter_name=_active(model), is_trainable=True)
+
+
+def _active(model: Any) -> str:
+    return model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+
+
+def _is_model(asked: str) -> bool:
+    return asked != "base" and not asked.startswith(ADAPTER)
+
+
+def _unwrapped(trainer: Any) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def _use_adapter(model: Any, name: str) -> None:
+    """Put a frozen copy of the adapter `name`, or of the one saved there, where TRL looks for it."""
+    if name in model.peft_config:
+        _copy_adapter(model, name)
+        return
+    try:
+        model.load_adapter(name, adapter_name=_REF, is_trainable=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"kl_reference='{ADAPTER}{name}': the model has the adapters {', '.join(model.peft_config)}, and none can "
+            f"be loaded from {name!r} ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _copy_adapter(model: Any, name: str) -> None:
+    model.add_adapter(_REF, model.peft_config[name])
+    with torch.no_grad():
+        for theirs, own in _adapter_names(model, name):
+            parameter = model.get_parameter(own)
+            parameter.copy_(model.get_parameter(theirs))
+            parameter.requires_grad_(False)
+
+
+def _adapter_names(model: Any, name: str) -> list[tuple[str, str]]:
+    """The parameters of the adapter `name`, and those of the adapter that is the reference."""
+    names = [n for n, _ in model.named_parameters() if name in n.split(".")]
+    return [(n, ".".join(_REF if part == name else part for part in n.split("."))) for n in names]
+
+
+def _pairs(trainer: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Name, parameter of the reference and parameter of the policy that it follows."""
+    model = _unwrapped(trainer)
+    if not is_peft_model(model):
+        references = dict(trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters())
+        policies = dict(model.named_parameters())
+        shapes = [{name: tuple(p.shape) for name, p in found.items()} for found in (policies, references)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                "kl_reference_every with a reference of another architecture than the policy's, whose parameters it "
+                "would have to follow: leave one of the two out"
+            )
+        yield from ((name, (references[name], policies[name])) for name in policies)
+        return
+    active = _active(model)
+    if _REF not in model.peft_config:
+        _copy_adapter(model, active)
+    names = _adapter_names(model, active)
+    parameters = dict(model.named_parameters())
+    lost = {n for n, p in parameters.items() if p.requires_grad} - {theirs for theirs, _ in names}
+    differ = [
+        own for theirs, own in names if own not in parameters or parameters[own].shape != parameters[theirs].shape
+    ]
+    if lost or differ or len(names) != len(_adapter_names(model, _REF)):
+        raise ConfigError(
+            f"kl_reference_every: the reference can't follow the adapter {active!r}: "
+            f"{'these parameters are trained outside of it' if lost else 'their matrices differ'} "
+            f"({', '.join(sorted(lost or differ)[:3])}); use an adapter of the same configuration, or leave it out"
+        )
+    yield from ((own, (parameters[own], parameters[theirs])) for theirs, own in names)
