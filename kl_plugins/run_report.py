@@ -35,7 +35,7 @@ LINES = ("solid", "dashed", "dotted")
 def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Folders of runs, folders of such folders, or metrics.jsonl files.", show_default=False),
+        typer.Argument(help="Folders of runs, folders of such folders, or their logs.", show_default=False),
     ] = None,
     group: Annotated[
         list[str] | None,
@@ -47,7 +47,8 @@ def report(
 ) -> None:
     """Training runs side by side on one HTML page: reward, KL, weights and beta over the steps.
 
-    Reads the metrics.jsonl that the recipes write, also of a run that still goes on or was interrupted.
+    Reads the metrics.jsonl that the recipes write, TensorBoard's event files (TRL's, OpenRLHF's), or the
+    trainer_state.json of a checkpoint; also of a run that still goes on or was interrupted.
     """
     console = Console(stderr=True)
     try:

@@ -1,7 +1,12 @@
-"""Training runs as a report compares them: what their `metrics.jsonl` hold, and means over seeds."""
+"""Training runs as a report compares them: what they logged, wherever they logged it, and means over seeds.
+
+A run is a `metrics.jsonl` (the recipes'), TensorBoard's event files (OpenRLHF's and TRL's), or the
+`trainer_state.json` of a checkpoint of transformers' trainers; where it has several, the first of these.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -10,10 +15,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kl_plugins.errors import ConfigError
 from kl_plugins.report import read_metrics
 
+JSON_LINES, EVENTS, STATE = "metrics.jsonl", "events.out.tfevents", "trainer_state.json"
 SEED = re.compile(r"(?P<name>.*?)[-_/ ]?seed[-_]?\d+$")
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -93,12 +100,32 @@ METRICS = (
         "switched off.",
         asked=False,
     ),
+    Metric(
+        keys=("kl/gradient_ratio",),
+        title="KL gradient over the rest",
+        means="The norm of the gradient of the KL term over that of the rest of the loss. Far above 1 the KL decides "
+        "where the policy goes, far below 1 it hardly matters.",
+        asked=False,
+    ),
+    Metric(
+        keys=("kl/engine_gap",),
+        title="Gap of the rollout engine, nats",
+        means="The mean absolute difference of the engine's log-probs and the trainer's, for the same policy and "
+        "tokens. What importance weights have to make up for.",
+        asked=False,
+    ),
+    Metric(
+        keys=("kl/left_out",),
+        title="Share of tokens left out",
+        means="Tokens whose KL was left out, as kl_leave_out asks for. The means above are over the others.",
+        asked=False,
+    ),
 )
 
 
 @dataclass(kw_only=True)
 class Run:
-    """What a `metrics.jsonl` holds of `METRICS`."""
+    """What a run has logged of `METRICS`."""
 
     name: str
     path: Path
@@ -113,7 +140,7 @@ def read_runs(paths: Sequence[Path], groups: Sequence[str] = ()) -> dict[str, li
     """Runs by the name of their configuration, seeds together.
 
     Args:
-        paths: Folders with a `metrics.jsonl` in or below them, or such files.
+        paths: Folders with logs of runs in or below them, or such files.
         groups: `NAME=PATH,PATH`.
 
     Raises `ConfigError` for a path without metrics, a group that can't be read, or a file that isn't metrics.
@@ -129,24 +156,41 @@ def read_runs(paths: Sequence[Path], groups: Sequence[str] = ()) -> dict[str, li
         match = SEED.match(name)
         found.setdefault(match["name"] if match and match["name"] else name, []).append(file)
     if not found:
-        raise ConfigError("no run was named: give folders of runs, or metrics.jsonl files")
+        raise ConfigError("no run was named: give folders of runs, or their logs")
     return {name: [_read(file) for file in dict.fromkeys(files)] for name, files in found.items()}
 
 
 def _files(path: Path) -> list[Path]:
+    """The logs of the runs in or below a folder: files, and folders of TensorBoard's event files."""
     if path.is_file():
-        return [path]
-    here = path / "metrics.jsonl"
-    below = [here] if here.is_file() else sorted(path.rglob("metrics.jsonl"))
+        return [path.parent if path.name.startswith(EVENTS) else path]
+    lines = [path / JSON_LINES] if (path / JSON_LINES).is_file() else sorted(path.rglob(JSON_LINES))
+    events = sorted({file.parent for file in path.rglob(f"{EVENTS}*")})
+    states = {file.parent.parent: file for file in sorted(path.rglob(STATE), key=_checkpoint_step)}  # the last of each
+    below = [
+        *lines,
+        *(folder for folder in events if not any(file.parent in (folder, *folder.parents) for file in lines)),
+        *(
+            file
+            for run, file in states.items()
+            if not any(run in (log, *log.parents) for log in events)
+            and not any(log.parent in (run, *run.parents) for log in lines)
+        ),
+    ]
     if not below:
-        what = "has no metrics.jsonl in or below it" if path.is_dir() else "isn't there"
-        raise ConfigError(f"{path} was given, but it {what}: name a run's folder or its metrics.jsonl")
+        what = f"has no {JSON_LINES}, {EVENTS}* or {STATE} in or below it" if path.is_dir() else "isn't there"
+        raise ConfigError(f"{path} was given, but it {what}: name a run's folder or its log")
     return below
+
+
+def _checkpoint_step(state: Path) -> tuple[int, str]:
+    number = state.parent.name.rpartition("-")[2]
+    return (int(number) if number.isdigit() else -1, str(state))
 
 
 def _names(files: Sequence[Path]) -> list[str]:
     """The part of each run's folder that tells it from the others, with the folder above a bare `seed0`."""
-    folders = [(file.parent if file.name == "metrics.jsonl" else file.with_suffix("")).absolute() for file in files]
+    folders = [_folder(file).absolute() for file in files]
     if not folders:
         return []
     common = Path(os.path.commonpath(folders))
@@ -157,13 +201,48 @@ def _names(files: Sequence[Path]) -> list[str]:
     ]
 
 
+def _folder(log: Path) -> Path:
+    """What a run is called after."""
+    if log.is_dir():
+        return log
+    if log.name == STATE:
+        return log.parent.parent
+    return log.parent if log.name == JSON_LINES else log.with_suffix("")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if path.is_dir():
+        return _tensorboard_rows(path)
+    if path.name == STATE:
+        return list(json.loads(path.read_text())["log_history"])
+    return read_metrics(path)
+
+
+def _tensorboard_rows(folder: Path) -> list[dict[str, Any]]:
+    """One row a step, of the training's scalars ("train/" is taken off); what was cut off is left out."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        raise ConfigError(
+            f"{folder} holds TensorBoard's event files, which need it: pip install tensorboard"
+        ) from error
+    logged = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: all of them
+    logged.Reload()
+    rows: dict[int, dict[str, Any]] = {}
+    for tag in logged.Tags()["scalars"]:
+        if not tag.startswith("eval/"):
+            for event in logged.Scalars(tag):
+                rows.setdefault(event.step, {"step": event.step})[tag.removeprefix("train/")] = event.value
+    return [rows[step] for step in sorted(rows)]
+
+
 def _read(path: Path) -> Run:
-    run = Run(name=path.parent.name if path.name == "metrics.jsonl" else path.stem, path=path)
+    run = Run(name=_folder(path).name, path=path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            rows = read_metrics(path)
-        except (ValueError, OSError) as error:
+            rows = _rows(path)
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise ConfigError(str(error) if str(path) in str(error) else f"{path} can't be read: {error}") from error
     run.cut_off = any("cut off" in str(warning.message) for warning in caught)
     for number, row in enumerate(rows, start=1):

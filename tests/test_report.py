@@ -178,9 +178,61 @@ def test_files_that_are_no_metrics_are_refused(tmp_path, lines, says):
 
 def test_what_is_not_there_is_refused(tmp_path):
     out = tmp_path / "report.html"
-    assert "has no metrics.jsonl in or below it" in invoke(tmp_path, out=out, code=2)
+    says = "has no metrics.jsonl, events.out.tfevents* or trainer_state.json in or below it"
+    assert says in invoke(tmp_path, out=out, code=2)
     assert "isn't there" in invoke(tmp_path / "nowhere", out=out, code=2)
     assert "no run was named" in invoke(out=out, code=2)
+
+
+def write_events(folder, offset=0.0, steps=20):
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter(log_dir=str(folder))
+    for step in range(1, steps + 1):
+        writer.add_scalar("train/reward", offset + step, step)
+        writer.add_scalar("train/kl/k1", offset + step / 100, step)
+        writer.add_scalar("eval/reward", -1.0, step)
+    writer.close()
+    return folder
+
+
+def write_state(folder, steps):
+    folder.mkdir(parents=True)
+    history = [{"step": step, "reward": step, "kl/k1": 0.5} for step in range(1, steps + 1)]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [*history, {"step": 9, "eval_reward": -1}]}))
+
+
+def test_tensorboards_files_and_checkpoints_are_read(tmp_path):
+    write_events(tmp_path / "openrlhf" / "run-seed0")
+    write_events(tmp_path / "openrlhf" / "run-seed1", offset=1.0)
+    write_state(tmp_path / "trl" / "checkpoint-2", 2)
+    write_state(tmp_path / "trl" / "checkpoint-10", 10)
+    run(tmp_path / "recipe")
+    write_events(tmp_path / "recipe" / "logs")  # of a run whose metrics.jsonl is there: once is enough
+    write_state(tmp_path / "recipe" / "checkpoint-3", 3)
+    write_state(tmp_path / "both" / "checkpoint-3", 3)
+    write_events(tmp_path / "both" / "runs" / "x", steps=7)
+    found = read_runs([tmp_path])
+    assert {name: [each.steps for each in seeds] for name, seeds in found.items()} == {
+        "recipe": [20],
+        "both/runs/x": [7],
+        "openrlhf/run": [20, 20],
+        "trl": [10],
+    }
+    curve = found["openrlhf/run"][1].curves
+    assert curve["Reward"] == {step: 1.0 + step for step in range(1, 21)}
+    assert curve["k1, nats a token"][20] == pytest.approx(1.2)
+    page = invoke(tmp_path, out=tmp_path / "report.html")
+    assert cells(page, "Reward (reward)")
+
+
+def test_a_tensorboard_file_that_was_cut_off_is_read_up_to_there(tmp_path):
+    folder = write_events(tmp_path / "a")
+    (file,) = folder.iterdir()
+    file.write_bytes(file.read_bytes()[:-70])
+    (only,) = read_runs([file])["a"]
+    assert 0 < only.steps < 21
+    file.write_bytes(b"")
+    with pytest.raises(ConfigError, match="none of them has a metric"):
+        read_runs([folder])
 
 
 def test_rows_without_a_step_are_numbered(tmp_path):
