@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -121,3 +122,35 @@ class KLOptions:
             setattr(self, name, value)
         self.kl_weight_clip = list(self.kl_weight_clip)
         self.kl_leave_out = words_of(self.kl_leave_out)
+
+
+@dataclass
+class ReferenceOptions:
+    """Which policy the KL is to, for the hosts whose reference can be chosen."""
+
+    kl_reference: str | None = option(
+        None,
+        "What the KL is to: a path or hub id; with PEFT base, or adapter:NAME (or its path); None is TRL's.",
+    )
+    kl_reference_every: int | None = option(
+        None, "Optimizer steps after which the reference moves to the policy; None: it stays where it is."
+    )
+    kl_reference_decay: float = option(0.0, "What remains of the reference then: 0 replaces it, 0.99 averages.")
+
+    def changed_reference_options(self) -> list[str]:
+        """The options that are not at their default."""
+        return [f.name for f in fields(ReferenceOptions) if getattr(self, f.name) != f.default]
+
+    def reference_problems(self) -> Iterator[str]:
+        """What is wrong with them, before there is a model."""
+        every, decay = self.kl_reference_every, self.kl_reference_decay
+        if every is not None and every < 1:
+            yield f"kl_reference_every={every}: a number of optimizer steps, at least 1"
+        if not 0 <= decay < 1:
+            yield f"kl_reference_decay={decay}: what remains of the reference at an update is in [0, 1)"
+        if decay and every is None:
+            yield f"kl_reference_decay={decay} moves nothing by itself: set kl_reference_every, 1 for all steps"
+        if self.kl_reference == "adapter:ref":
+            yield "kl_reference='adapter:ref', TRL's name for its own: save that adapter under another name"
+        if every is not None and self.kl_reference == "base":
+            yield "kl_reference='base' with kl_reference_every: the base model is no adapter to move; leave one out"

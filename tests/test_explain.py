@@ -51,6 +51,18 @@ def invoke(*arguments, code=0):
 ON_POLICY = "--rollout.batch_size 128 --train.batch_size 128"
 LOSS = f"{ON_POLICY} --algo.kl.use_loss --algo.kl.estimator"
 CASES = [
+    # tokens left out, and references
+    ("grpo", "--beta 0.04 --kl k1_in_reward --kl_leave_out eos special", "principled", "generalized one"),
+    ("rloo", "--beta 0.04 --kl k2_as_loss --kl_leave_out first", "principled", "u"),
+    ("grpo", "--beta 0.04 --kl k2_in_reward --kl_leave_out eos", "refused", "log-ratios only"),
+    ("grpo", "--beta 0.04 --kl k2_as_loss --kl_leave_out_equal_rewards true", "principled", "rewards differ"),
+    ("ppo", "--kl k1_in_reward --kl_leave_out eos", "refused", "not offered in the reward"),
+    ("ppo", "--kl k2_as_loss --kl_leave_out_equal_rewards true", "refused", "PPO generates one"),
+    ("grpo", "--beta 0.04 --kl k2_as_loss --kl_reference_every 100", "principled", "not how far"),
+    ("rloo", "--beta 0.04 --kl k2_as_loss --kl_reference base --kl_reference_every 9", "refused", "no adapter to move"),
+    ("grpo", "--beta 0.04 --kl k2_as_loss --kl_reference_decay 0.9", "refused", "moves nothing by itself"),
+    ("openrlhf", "--kl k2_as_loss --kl-leave-out first", "principled", ""),
+    ("openrlhf", "--kl k1_in_reward --kl-leave-out eos", "refused", "use kl_placement='loss'"),
     # TRL as it is
     ("grpo", "", "void", "beta=0, the default"),
     ("grpo", "--beta 0.04", "principled", "rho * u"),

@@ -68,11 +68,12 @@ class Plan:
     """The version of kl_plugins that made it."""
 
 
-def plan_run(options: OpenRLHFOptions, args: Any) -> Plan:
+def plan_run(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True) -> Plan:
     """Check `options` against OpenRLHF's parsed (hierarchical) `args`, set its KL flags, and put the plan into them.
 
     Sets `algo.kl.use_loss`, and `algo.kl.estimator` to a name that OpenRLHF's own estimator refuses, so that a process
-    that isn't hooked stops the run instead of training with another KL.
+    that isn't hooked stops the run instead of training with another KL. `resolve_tokens=False` loads no tokenizer, to
+    explain a run that isn't started.
 
     Raises:
         `ConfigError`: an option or a flag that can't be what was meant, all of them at once.
@@ -93,7 +94,7 @@ def plan_run(options: OpenRLHFOptions, args: Any) -> Plan:
     biased = _bias_problems(args, in_reward)
     refuse([*problems, *_flag_problems(options, args, in_reward), *(() if options.kl_allow_biased else biased)])
     assert spec is not None
-    left = _left_out(options, args)
+    left = _left_out(options, args) if resolve_tokens else LeftOut()
     _warn(args)
     advantage = args.algo.advantage
     lambd = advantage.lambd if advantage.estimator == "gae" else 1.0

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import trl
 
-from kl_plugins.options import option
+from kl_plugins.options import ReferenceOptions, option
 from kl_plugins.registry import get_loss
 from kl_plugins.trl.fields import KLFields, check_trl
-from kl_plugins.trl.reference import reference_problems
 from kl_plugins.trl.sampling import sampling_problems
 from kl_plugins.trl.seam import unclaimed_beta
 
 
 @dataclass
-class OnlineFields(KLFields):
+class OnlineFields(ReferenceOptions, KLFields):
     """The KL options of `kl_plugins.KLSpec`, each with a `kl_` in front. `beta` keeps TRL's meaning.
 
     Raises, before any model is loaded: `UnknownLossError`, `ConfigError` (an option that doesn't exist, isn't used by
@@ -27,22 +26,10 @@ class OnlineFields(KLFields):
 
     kl_part = ""
     """The part of `patches/trl.toml` that the trainer relies on."""
-    kl_reference: str | None = option(
-        None,
-        "What the KL is to: a path or hub id; with PEFT base, or adapter:NAME (or its path); None is TRL's.",
-    )
-    kl_reference_every: int | None = option(
-        None, "Optimizer steps after which the reference moves to the policy; None: it stays where it is."
-    )
-    kl_reference_decay: float = option(0.0, "What remains of the reference then: 0 replaces it, 0.99 averages.")
 
     def changed_kl_options(self) -> list[str]:
         """The options that are not at the default of this package."""
-        defaults = {f.name: f.default for f in fields(OnlineFields) if f.name.startswith("kl_reference")}
-        return [
-            *super().changed_kl_options(),
-            *(name for name, default in defaults.items() if getattr(self, name) != default),
-        ]
+        return [*super().changed_kl_options(), *self.changed_reference_options()]
 
     def _none_from_words(self) -> None:
         super()._none_from_words()
@@ -64,7 +51,9 @@ class OnlineFields(KLFields):
                         f"{name}={getattr(self, name)!r} is not used with kl_clip='combined', where TRL's own ratio "
                         "and epsilon apply to the KL: leave it out"
                     )
-        yield from reference_problems(self)
+        yield from self.reference_problems()
+        if self.sync_ref_model and self.changed_reference_options():
+            yield "sync_ref_model=True moves TRL's own reference: use kl_reference_every and kl_reference_decay"
         if not self.kl_allow_biased:
             yield from sampling_problems(self)
 

@@ -50,23 +50,6 @@ def without_hosts_reference(trainer: Any, given: Collection[Any]) -> Iterator[No
         trainer.model.delete_adapter(_REF)
 
 
-def reference_problems(args: Any) -> Iterator[str]:
-    """What is wrong with the `kl_reference*` of a config, before there is a model."""
-    every, decay = args.kl_reference_every, args.kl_reference_decay
-    if every is not None and every < 1:
-        yield f"kl_reference_every={every}: a number of optimizer steps, at least 1"
-    if not 0 <= decay < 1:
-        yield f"kl_reference_decay={decay}: what remains of the reference at an update is in [0, 1)"
-    if decay and every is None:
-        yield f"kl_reference_decay={decay} moves nothing by itself: set kl_reference_every, 1 for all steps"
-    if args.sync_ref_model and (args.kl_reference is not None or every is not None):
-        yield "sync_ref_model=True moves TRL's own reference: use kl_reference_every and kl_reference_decay instead"
-    if args.kl_reference == ADAPTER + _REF:
-        yield f"kl_reference={args.kl_reference!r}, TRL's name for its own: save that adapter under another name"
-    if every is not None and args.kl_reference == "base":
-        yield "kl_reference='base' with kl_reference_every: the base model is no adapter that can move; leave one out"
-
-
 def start_reference(trainer: Any) -> None:
     """Give `trainer`, which TRL has just made, the reference of its config.
 

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from kl_plugins.errors import ConfigError, refuse
 from kl_plugins.hosts import installed_version
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_run
-from kl_plugins.options import KLOptions
+from kl_plugins.options import LEAVE_OUT_OPTIONS, KLOptions, ReferenceOptions
 from kl_plugins.registry import get_loss
 from kl_plugins.spec import KLSpec
 from kl_plugins.verdicts.host_terms import BETA, CHOICES, HOSTS, MARKS, OPTIONS, TERMS, VERSIONS, HostTerm
@@ -142,9 +142,18 @@ def kl_options(trainer: str) -> dict[str, tuple[type, Any]]:
     """The options of `KLOptions`, as `OPTIONS` has the host's. None is a value of each of them."""
     names: dict[str, tuple[type, Any]] = {}
     for name, hint in get_type_hints(KLOptions).items():
-        kinds = [get_origin(hint), hint, *get_args(hint)]
-        names[name] = (next(kind for kind in (list, bool, int, float, str) if kind in kinds), None)
+        names[name] = (_kind(hint), None)
+    if trainer in ("grpo", "rloo", "gmpo"):
+        names |= {name: (_kind(hint), None) for name, hint in get_type_hints(ReferenceOptions).items()}
     return names | ({"kl_placement": (str, None)} if trainer in ("ppo", "openrlhf") else {})
+
+
+def _kind(hint: Any) -> type:
+    """`list` of two numbers, `tuple` of words, or the plain type."""
+    if hint == list[str]:
+        return tuple
+    kinds = [get_origin(hint), hint, *get_args(hint)]
+    return next(kind for kind in (list, bool, int, float, str) if kind in kinds)
 
 
 def _host_term(trainer: str, settings: Mapping[str, Any]) -> HostTerm:
@@ -168,8 +177,10 @@ def _trl_spec(
 ) -> tuple[KLOptions, KLSpec, bool, list[Finding]]:
     """As `kl_plugins.trl`'s configs make it, biased gradients let through."""
     placement = ours.get("kl_placement") or "auto"
-    kl = KLOptions(**{name: value for name, value in ours.items() if name != "kl_placement"})
+    plain = {f.name for f in fields(KLOptions)}
+    kl = KLOptions(**{name: value for name, value in ours.items() if name in plain})
     kl._none_from_words()
+    reference = ReferenceOptions(**{name: value for name, value in ours.items() if name.startswith("kl_reference")})
     loss = get_loss(str(kl.kl))
     if placement not in ("auto", "loss", "reward"):
         raise ConfigError(f"kl_placement={placement!r}: choose from auto, loss, reward")
@@ -185,14 +196,17 @@ def _trl_spec(
         ]
         problems += _ppo_reward_problems(kl, loss.in_reward)
         gamma = settings["gamma"] if kl.kl_credit in (None, "to_go") else 1.0
-        plain = {name: getattr(KLOptions(), name) for name in unused}
-        chosen = replace(chosen, **plain | {"kl_clip": "combined", "kl_gamma": gamma})
+        defaults = {name: getattr(KLOptions(), name) for name in unused}
+        chosen = replace(chosen, **defaults | {"kl_clip": "combined", "kl_gamma": gamma})
     elif kl.kl_clip == "combined":
         problems = [f"{name} is not used with kl_clip='combined', where TRL's own apply" for name in sorted(unused)]
         if trainer == "ppo":
             problems.append("kl_clip='combined' puts the KL into the advantage: use kl_placement='reward' instead")
     spec = chosen.kl_spec()
     assert spec is not None
+    problems += [*kl.left_out_problems(spec), *reference.reference_problems()]
+    if trainer == "ppo" and kl.kl_leave_out_equal_rewards:
+        problems.append("kl_leave_out_equal_rewards needs several completions of a prompt: PPO generates one")
     return kl, spec, in_reward, [_refused(problem, ours) for problem in problems]
 
 
@@ -202,6 +216,8 @@ def _ppo_reward_problems(kl: KLOptions, loss_in_reward: bool) -> list[str]:
         problems.append(f"{kl.kl} is a term of the loss: leave kl_placement out, or use kl='k1_in_reward'")
     if kl.kl_credit not in (None, "to_go"):
         problems.append(f"kl_credit={kl.kl_credit!r}: PPO's rewards have credit 'to_go'; use kl_placement='loss'")
+    left_out = [name for name in kl.changed_kl_options() if name in LEAVE_OUT_OPTIONS]
+    problems += [f"{name} is not offered in the reward: use kl_placement='loss'" for name in left_out]
     return problems
 
 
@@ -218,7 +234,8 @@ def _openrlhf_spec(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return options, plan_run(replace(options, kl_allow_biased=True), args).spec, in_reward, []
+            plan = plan_run(replace(options, kl_allow_biased=True), args, resolve_tokens=False)
+            return options, plan.spec, in_reward, []
     except ConfigError as error:
         refused = [_refused(problem, given) for problem in error.args]
     plain = KLOptions(**{name: value for name, value in ours.items() if name in {f.name for f in fields(KLOptions)}})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kl_plugins.errors import ConfigError, refuse
+from kl_plugins.leave_out import words_of
 
 _LOOKS_LIKE_KL = re.compile(r"(^|[_.-])kl([_.-]|$)")
 _TRUE, _FALSE, _NONE = ("true", "yes", "1", "t", "y"), ("false", "no", "0", "f", "n"), ("none", "null")
@@ -106,7 +107,7 @@ def convert(
 
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "two numbers"}
-_EXPECTED |= {dict: "a mapping"}
+_EXPECTED |= {dict: "a mapping", tuple: "a list of words"}
 
 
 def _as(kind: type, value: Any) -> Any:
@@ -117,6 +118,8 @@ def _as(kind: type, value: Any) -> Any:
         return value if word is None else word in _TRUE
     if kind is dict:
         return dict(json.loads(value) if isinstance(value, str) else value)
+    if kind is tuple and not isinstance(value, dict):
+        return words_of(value)
     if kind is list and not isinstance(value, str):
         low, high = value
         return [float(low), float(high)]

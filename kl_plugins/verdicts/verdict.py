@@ -96,6 +96,7 @@ def explain_run(given: Mapping[str, Any], trainer: str, assumed: Sequence[str] =
     run, refused = read_run(given, trainer, assumptions)
     gradient = run.spec.gradient_of if run.spec else run.host_term.gradient_of
     findings = [*refused, *_gradient_findings(run, gradient), *_beta_findings(run, given), *_sampling_findings(run)]
+    findings += _choice_findings(run, given)
     words = vars(nested(run.settings))  # for "{rollout.top_p}"
     findings += [
         Finding(trap.effect, trap.says.format_map(words), trap.change)
@@ -108,7 +109,7 @@ def explain_run(given: Mapping[str, Any], trainer: str, assumed: Sequence[str] =
     word = run.spec.name[:2] if run.spec else run.host_term.estimator
     estimator = word if word in ("k1", "k2", "k3") else ""
     kl = {"kl": run.kl.kl, **run.kl.kl_options()} if run.kl else {"kl": None}
-    placed = {name: given[name] for name in ("kl_placement",) if name in given}
+    placed = {name: given[name] for name in given if name == "kl_placement" or name.startswith("kl_reference")}
     configuration = {**run.settings, **kl, **placed}
     return Explanation(
         host=HOSTS[trainer] if run.spec is None else f"{HOSTS[trainer]} with kl_plugins",
@@ -182,6 +183,26 @@ def _beta_findings(run: Run, given: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("void", f"{name}={beta:g}{default}: no KL is applied", change)
     else:
         yield Finding("biased", f"{name}={beta:g}: minus the KL drives the policy away from the reference", change)
+
+
+def _choice_findings(run: Run, given: Mapping[str, Any]) -> Iterator[Finding]:
+    """What is worth knowing about tokens left out, and about a reference of one's own."""
+    if run.kl is not None and set(run.kl.kl_leave_out) - {"first"}:
+        yield Finding(
+            "note",
+            f"kl_leave_out={run.kl.kl_leave_out}: the divergence is the generalized one over the other tokens, "
+            "sum (p log(p / r) - p + r)",
+        )
+    if run.kl is not None and run.kl.kl_leave_out_equal_rewards:
+        yield Finding(
+            "note", "kl_leave_out_equal_rewards: the KL is that of prompts whose completions' rewards differ"
+        )
+    if given.get("kl_reference_every"):
+        yield Finding(
+            "note",
+            f"kl_reference_every={given['kl_reference_every']}: the KL is to a policy that follows; it bounds how "
+            "fast the policy moves, not how far",
+        )
 
 
 def _sampling_findings(run: Run) -> Iterator[Finding]:
