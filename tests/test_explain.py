@@ -59,7 +59,12 @@ CASES = [
     ("ppo", "--kl k1_in_reward --kl_leave_out eos", "refused", "not offered in the reward"),
     ("ppo", "--kl k2_as_loss --kl_leave_out_equal_rewards true", "refused", "PPO generates one"),
     ("grpo", "--beta 0.04 --kl k2_as_loss --kl_reference_every 100", "principled", "not how far"),
-    ("rloo", "--beta 0.04 --kl k2_as_loss --kl_reference base --kl_reference_every 9", "refused", "no adapter to move"),
+    (
+        "rloo",
+        "--beta 0.04 --kl k2_as_loss --kl_reference base --kl_reference_every 9",
+        "refused",
+        "no adapter to move",
+    ),
     ("grpo", "--beta 0.04 --kl k2_as_loss --kl_reference_decay 0.9", "refused", "moves nothing by itself"),
     ("openrlhf", "--kl k2_as_loss --kl-leave-out first", "principled", ""),
     ("openrlhf", "--kl k1_in_reward --kl-leave-out eos", "refused", "use kl_placement='loss'"),
