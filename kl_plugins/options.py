@@ -25,7 +25,7 @@ def option(default: Any, help: str) -> Any:
 
 def without_words(options: dict[str, Any]) -> dict[str, Any]:
     """With None for "none" and "null", where None is an option: a command line has no other way to say it."""
-    may_be_none = {"kl", "kl_credit", "kl_baseline", "kl_clip"} & options.keys()
+    may_be_none = {"kl", "kl_credit", "kl_baseline", "kl_clip", "kl_top_k"} & options.keys()
     return options | {name: None for name in may_be_none if str(options[name]).lower() in ("none", "null")}
 
 
@@ -48,6 +48,8 @@ class KLOptions:
     kl_nonfinite: str = option(
         "error", "A NaN or inf log-prob of the reference: error, or drop (and count) the token."
     )
+    kl_top_k: int | None = option(None, "Of an exact KL: sum over the likeliest tokens only; None is all of them.")
+    kl_tail: str = option("sampled", "With kl_top_k, the rest of the vocabulary: sampled, or bucket (biased).")
     kl_allow_biased: bool = option(False, "Let a configuration with a zero or biased gradient through.")
     kl_controller: str = option(
         "fixed", "Of beta: fixed; linear or cosine, to kl_beta_end; proportional or pi, towards kl_target."
