@@ -28,7 +28,8 @@ class OnlineFields(KLFields):
     """The part of `patches/trl.toml` that the trainer relies on."""
 
     def _check_host(self) -> None:
-        check_trl(*self.kl_part.split(), *(["vllm"] if self.use_vllm else []))
+        more = {"vllm": self.use_vllm, "exact": get_loss(str(self.kl)).exact}
+        check_trl(*self.kl_part.split(), *(part for part, needed in more.items() if needed))
 
     def _claimed(self, beta: float) -> float:
         return unclaimed_beta(beta)
@@ -42,6 +43,17 @@ class OnlineFields(KLFields):
                         f"{name}={getattr(self, name)!r} is not used with kl_clip='combined', where TRL's own ratio "
                         "and epsilon apply to the KL: leave it out"
                     )
+        if get_loss(str(self.kl)).exact:
+            if self.kl_top_k is not None:
+                yield (
+                    f"kl_top_k={self.kl_top_k}: TRL's trainers sum over the whole vocabulary, in tiles, which costs "
+                    "no more than a head of it: leave it out"
+                )
+            if self.sync_ref_model:
+                yield (
+                    f"sync_ref_model=True changes the reference between a rollout and its use, but kl={self.kl!r} "
+                    "keeps its hidden states from the rollout: leave it out, or use k1_in_reward or k2_as_loss"
+                )
         if not self.kl_allow_biased:
             yield from sampling_problems(self)
 
