@@ -11,7 +11,7 @@ import kl_plugins
 from kl_plugins.controllers import ControllerSpec
 from kl_plugins.errors import ConfigError, PatchError, refuse
 from kl_plugins.options import KLOptions, option
-from kl_plugins.registry import get_loss
+from kl_plugins.registry import distribution_problems, get_loss
 from kl_plugins.spec import KLSpec
 
 PLACEMENTS = ("auto", "loss", "reward")
@@ -77,6 +77,7 @@ def plan_run(options: OpenRLHFOptions, args: Any) -> Plan:
         raise ConfigError("no KL was named: give one, e.g. --kl k2_as_loss, or start OpenRLHF itself")
     loss = get_loss(options.kl)
     in_reward = options.kl_placement == "reward" or (options.kl_placement == "auto" and loss.in_reward)
+    refuse(distribution_problems(options.kl, "OpenRLHF's actor"))
     problems = _placement_problems(options, loss.in_reward, in_reward)
     spec = None
     try:
