@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
+    from kl_plugins.exact import ExactKL, exact_kl
     from kl_plugins.registry import KLLoss, all_losses, get_loss, register
     from kl_plugins.spec import KLSpec
     from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, surrogate
@@ -21,6 +22,8 @@ _HOME = {
     "ConfigError": "errors",
     "PatchError": "errors",
     "UnknownLossError": "errors",
+    "ExactKL": "exact",
+    "exact_kl": "exact",
     "KLLoss": "registry",
     "all_losses": "registry",
     "get_loss": "registry",
@@ -34,6 +37,7 @@ _HOME = {
 }
 __all__ = [
     "ConfigError",
+    "ExactKL",
     "KLLoss",
     "KLSpec",
     "KLTerms",
@@ -41,6 +45,7 @@ __all__ = [
     "UnknownLossError",
     "all_losses",
     "apply_to_trl",
+    "exact_kl",
     "get_loss",
     "kl_terms",
     "leave_one_out_baseline",

@@ -44,3 +44,19 @@ def k1_slope(log_ratio: Tensor) -> Tensor:
 def k3_slope(log_ratio: Tensor) -> Tensor:
     """`1 - exp(-u)` as `-expm1(-u)`: the local *forward* KL. -inf below u = -88 (float32): the caller bounds it."""
     return -(-log_ratio).expm1()
+
+
+def k1_plus_one(log_ratio: Tensor) -> Tensor:
+    """`u + 1`: of a token that stands for those a head leaves out, d (sum of p u over them) / d logp. Not `u`: the
+    expected score of a part of the vocabulary isn't zero but the gradient of its mass."""
+    return log_ratio + 1
+
+
+def forward_k1(log_ratio: Tensor) -> Tensor:
+    """`-u exp(-u)`: under samples of the current policy, an unbiased estimate of the local forward KL."""
+    return -log_ratio * (-log_ratio).exp()
+
+
+def forward_slope(log_ratio: Tensor) -> Tensor:
+    """`-exp(-u)`: of a token that stands for those a head leaves out, d (sum of -r u over them) / d logp."""
+    return -(-log_ratio).exp()

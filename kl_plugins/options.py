@@ -28,7 +28,7 @@ def option(default: Any, help: str) -> Any:
 
 def without_words(options: dict[str, Any]) -> dict[str, Any]:
     """With None for "none" and "null", where None is an option: a command line has no other way to say it."""
-    may_be_none = {"kl", "kl_credit", "kl_baseline", "kl_clip"} & options.keys()
+    may_be_none = {"kl", "kl_credit", "kl_baseline", "kl_clip", "kl_top_k"} & options.keys()
     return options | {name: None for name in may_be_none if str(options[name]).lower() in ("none", "null")}
 
 
@@ -51,6 +51,8 @@ class KLOptions:
     kl_nonfinite: str = option(
         "error", "A NaN or inf log-prob of the reference: error, or drop (and count) the token."
     )
+    kl_top_k: int | None = option(None, "Of an exact KL: sum over the likeliest tokens only; None is all of them.")
+    kl_tail: str = option("sampled", "With kl_top_k, the rest of the vocabulary: sampled, or bucket (biased).")
     kl_allow_biased: bool = option(False, "Let a configuration with a zero or biased gradient through.")
     kl_controller: str = option(
         "fixed", "Of beta: fixed; linear or cosine, to kl_beta_end; proportional or pi, towards kl_target."
@@ -77,6 +79,8 @@ class KLOptions:
         options = {n.removeprefix("kl_"): v for n, v in self.kl_options().items() if n not in elsewhere}
         if self.kl_coefficient_bound is None and get_loss(self.kl).may_overflow:
             options["coefficient_bound"] = COEFFICIENT_BOUND
+        if set(self.kl_leave_out) - {"first"}:
+            options["left_out_bound"] = COEFFICIENT_BOUND
         return KLSpec.from_name(self.kl, **options)
 
     def controller(self, beta: float) -> Controller:
@@ -97,7 +101,7 @@ class KLOptions:
             return ()
         return (
             f"kl_leave_out={self.kl_leave_out} with {spec.name} and credit {spec.credit!r}: what a left-out token "
-            "costs those before it is known for log-ratios only; use kl_credit='token' or kl='k1_in_reward'",
+            "costs those before it is known for sampled log-ratios only; use kl_credit='token' or kl='k1_in_reward'",
         )
 
     def controller_problems(self, beta: float) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.errors import ConfigError
+from kl_plugins.exact import exact_kl
 from kl_plugins.registry import get_loss
 from kl_plugins.spec import KLSpec
 from kl_plugins.terms import KLTerms, kl_terms
@@ -174,13 +175,13 @@ def second_moment(
 ) -> tuple[Tensor, Tensor]:
     """Exact on-policy mean (S, V) and total variance of the group-mean gradient, by enumerating every group."""
     rows, probability = _groups(sequences, policy, None, group_size)
-    terms = terms_of(spec, sequences, policy, reference, rows=rows, group_size=group_size)
-    table = policy.softmax(-1)
-    score = torch.nn.functional.one_hot(sequences.tokens, sequences.vocabulary) - table[sequences.prefix]
+    visited = sequences.prefix[rows]
+    logits = policy.detach()[visited].requires_grad_()  # each position's own copy, so that it has its own gradient
+    terms = _terms(spec, sequences, logits, reference[visited], rows=rows, group_size=group_size)
+    by_position = torch.autograd.grad(terms.loss.sum(), logits)[0] / group_size
     gradient = torch.zeros(len(probability), *policy.shape, dtype=policy.dtype)
     group = torch.arange(len(rows)) // group_size
-    weighted = terms.score_coefficient[..., None] * score[rows] / group_size
-    gradient.index_put_((group[:, None].expand_as(sequences.prefix[rows]), sequences.prefix[rows]), weighted, True)
+    gradient.index_put_((group[:, None].expand_as(visited), visited), by_position, True)
     mean = (probability[:, None, None] * gradient).sum(0)
     return mean, (probability * (gradient - mean).square().sum((1, 2))).sum()
 
@@ -198,11 +199,41 @@ def terms_of(
 ) -> KLTerms:
     """`kl_terms` on the enumerated sequences (or on `rows` of them). Positions that don't count hold NaN."""
     rows = torch.arange(len(sequences.tokens)) if rows is None else rows
-    mask = sequences.mask[rows]
+    visited = sequences.prefix[rows]
+    return _terms(
+        spec,
+        sequences,
+        policy[visited],
+        reference[visited],
+        behavior=None if behavior is None else behavior[visited],
+        rows=rows,
+        group_size=group_size,
+        **left_out,
+    )
+
+
+def _terms(
+    spec: KLSpec,
+    sequences: Sequences,
+    policy: Tensor,
+    reference: Tensor,
+    *,
+    behavior: Tensor | None = None,
+    rows: Tensor,
+    group_size: int,
+    **left_out: Tensor,
+) -> KLTerms:
+    """`terms_of`, from (N, T, V) logits of each position."""
+    mask, tokens = sequences.mask[rows], sequences.tokens[rows]
 
     def logp_of(logits: Tensor) -> Tensor:
-        return token_logp(logits, sequences)[rows].masked_fill(~mask, torch.nan)
+        logp = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        return logp.masked_fill(~mask, torch.nan)
 
+    exact = None
+    if spec.loss.exact:
+        dirty = [x.masked_fill(~mask[..., None], torch.nan) for x in (policy, reference)]
+        exact = exact_kl(spec, logits=dirty[0], ref_logits=dirty[1], mask=mask, tokens=tokens)
     return kl_terms(
         spec,
         logp=logp_of(policy),
@@ -211,6 +242,7 @@ def terms_of(
         behavior_logp=None if behavior is None else logp_of(behavior),
         group_size=group_size if group_size > 1 else None,
         **{name: where[rows] for name, where in left_out.items()},
+        exact=exact,
     )
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "kl_plugins.losses"
 GRADIENTS = ("reverse_kl", "local_reverse_kl", "forward_kl", "local_forward_kl", "zero", "biased")
 CREDITS = ("token", "to_go", "sequence")
+EXACT = ("", "reverse_kl", "forward_kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,10 @@ class KLLoss:
     """The credit used when the user names none."""
     in_reward: bool = False
     """Whether it stands for a KL in the reward: RLOO then gives it its leave-one-out baseline."""
+    exact: str = ""
+    """`"reverse_kl"` or `"forward_kl"`: summed over the vocabulary (`kl_plugins.exact_kl`), for which a host must give
+    the full next-token distributions. `value` and `coefficient` are then those of a sampled token outside of `top_k`,
+    and `to_go` sums the divergences of later positions. `""`: sampled."""
     may_overflow: bool = True
     """Whether the coefficient can leave float32's range, so that `coefficient_bound` has something to bound."""
     expected: str = ""
@@ -62,6 +67,10 @@ class KLLoss:
             for credit, gradient in self.gradient_of.items()
             if credit not in CREDITS or gradient not in GRADIENTS
         ]
+        if self.exact not in EXACT:
+            problems.append(f"KL loss {self.name!r}: exact={self.exact!r}; choose from {', '.join(map(repr, EXACT))}")
+        if self.exact and "sequence" in self.gradient_of:
+            problems.append(f"KL loss {self.name!r}: what is exact has credit token or to_go, not sequence")
         if self.default_credit not in self.gradient_of:
             problems.append(f"KL loss {self.name!r}: default_credit={self.default_credit!r} has no gradient_of")
         refuse(problems)
@@ -136,6 +145,42 @@ LOSSES: dict[str, KLLoss] = _built_in(
         expected="grad reverse KL - grad local forward KL",
         instead="k1_in_reward",
     ),
+    KLLoss(
+        name="exact_as_loss",
+        exact="reverse_kl",
+        summary="Reverse KL per token, summed over the whole vocabulary: k2_as_loss without the noise of the sampled "
+        "token.",
+        value=estimators.k1,
+        coefficient=estimators.k1_plus_one,
+        gradient_of={"token": "local_reverse_kl"},
+        may_overflow=False,
+        source="Amini et al., arXiv 2504.10637; Tang and Munos, arXiv 2506.09477",
+    ),
+    KLLoss(
+        name="exact_in_reward",
+        exact="reverse_kl",
+        in_reward=True,
+        summary="Reverse KL of whole sequences: the KL of every token summed over the whole vocabulary, and every "
+        "token pays for the KLs after it.",
+        value=estimators.k1,
+        coefficient=estimators.k1_plus_one,
+        gradient_of={"to_go": "reverse_kl", "token": "local_reverse_kl"},
+        default_credit="to_go",
+        may_overflow=False,
+        source="Amini et al., arXiv 2504.10637; Tang and Munos, arXiv 2506.09477",
+    ),
+    KLLoss(
+        name="exact_forward_as_loss",
+        exact="forward_kl",
+        summary="Forward KL per token, KL(ref || policy), summed over the whole vocabulary, on the states that the "
+        "policy visits: k3_as_loss without its noise, and bounded.",
+        value=estimators.forward_k1,
+        coefficient=estimators.forward_slope,
+        gradient_of={"token": "local_forward_kl"},
+        may_overflow=False,
+        instead="exact_as_loss",
+        source="Amini et al., arXiv 2504.10637; Liu et al., arXiv 2510.01555",
+    ),
 )
 
 BUILT_IN = frozenset(LOSSES)
@@ -159,6 +204,18 @@ def get_loss(name: str) -> KLLoss:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UnknownLossError(f"unknown KL loss {name!r}: {hint}known are {', '.join(known)}")
     return LOSSES[name]
+
+
+def distribution_problems(name: str, host: str) -> list[str]:
+    """What to say if `host` is asked for an exact KL, but hands out no full next-token distributions."""
+    loss = get_loss(name)
+    if not loss.exact:
+        return []
+    instead = "k1_in_reward" if loss.in_reward else "k2_as_loss" if loss.exact == "reverse_kl" else "k3_as_loss"
+    return [
+        f"{name} needs the full next-token distributions of both models, but {host} only gives the log-probs of the "
+        f"sampled tokens: use {instead}, or TRL's GRPOTrainer or RLOOTrainer"
+    ]
 
 
 def all_losses() -> dict[str, KLLoss]:

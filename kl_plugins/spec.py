@@ -17,6 +17,7 @@ WEIGHT_CLIP_MODES = ("truncate", "mask")
 BASELINES = (None, "leave_one_out")
 CLIPS = (None, "separate", "combined")
 NONFINITE = ("error", "drop")
+TAILS = ("sampled", "bucket")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,16 @@ class KLSpec:
     """Largest |coefficient|, for losses with an exponential in it. `None` is the largest finite number of the dtype:
     it only keeps an overflow from becoming inf, and the gradient's norm still overflows where tokens are some e^44
     times less likely than under the reference: set it, to 1e4 say, if yours are. It never becomes 0."""
+    left_out_bound: float | None = None
+    """Largest cost, in nats, of a left-out token to those before it, 1 - exp(-u) otherwise. `None` as above."""
     nonfinite: str = "error"
     """A NaN or inf log-prob at a counted token: `"error"`, or `"drop"` the token and count it."""
+    top_k: int | None = None
+    """Of an exact KL: sum only over the policy's `top_k` likeliest tokens. `None`: over the whole vocabulary."""
+    tail: str = "sampled"
+    """With `top_k`, the rest of the vocabulary: `"sampled"` lets a sampled token outside the head stand for it (its
+    coefficient is u + 1, and the expected gradient stays exact), `"bucket"` takes it for one token, which gives the
+    gradient of a lower bound of the KL and needs `allow_biased`."""
     allow_biased: bool = False
     """Let a configuration through whose expected gradient is zero or biased (for ablations)."""
 
@@ -97,6 +106,8 @@ class KLSpec:
     def gradient_of(self) -> str:
         """The expected on-policy gradient: `"reverse_kl"`, `"local_reverse_kl"`, `"forward_kl"`,
         `"local_forward_kl"`, `"zero"` or `"biased"`."""
+        if self.top_k is not None and self.tail == "bucket":
+            return "biased"
         declared = self.loss.gradient_of[str(self.credit)]
         if declared in ("zero", "biased") or self.credit != "to_go" or self.gamma == 1:
             return declared
@@ -104,8 +115,8 @@ class KLSpec:
 
     @property
     def can_leave_tokens_out(self) -> bool:
-        """Whether what a left-out token costs those before it is known: with credit, for log-ratios only."""
-        return self.credit == "token" or self.loss.coefficient is estimators.k1
+        """Whether what a left-out token costs those before it is known: with credit, for sampled log-ratios only."""
+        return not self.loss.exact and (self.credit == "token" or self.loss.coefficient is estimators.k1)
 
 
 def _bad_values(spec: KLSpec, loss: KLLoss) -> dict[str, str]:
@@ -117,6 +128,7 @@ def _bad_values(spec: KLSpec, loss: KLLoss) -> dict[str, str]:
         "baseline": BASELINES,
         "clip": CLIPS,
         "nonfinite": NONFINITE,
+        "tail": TAILS,
     }
     problems = {
         option: f"{option}={found!r} is not offered by {spec.name}: choose from {', '.join(map(repr, offered))}"
@@ -127,9 +139,12 @@ def _bad_values(spec: KLSpec, loss: KLLoss) -> dict[str, str]:
         problems["gamma"] = f"gamma={spec.gamma!r}: a discount is a number in [0, 1]"
     if not _is_number(spec.clip_epsilon) or not 0 < spec.clip_epsilon < 1:
         problems["clip_epsilon"] = f"clip_epsilon={spec.clip_epsilon!r}: PPO's clip range is a number in (0, 1)"
-    bound = spec.coefficient_bound
-    if bound is not None and not (_is_number(bound) and 0 < bound < math.inf):
-        problems["coefficient_bound"] = f"coefficient_bound={bound!r}: a bound is a positive finite number, or None"
+    for name in ("coefficient_bound", "left_out_bound"):
+        bound = getattr(spec, name)
+        if bound is not None and not (_is_number(bound) and 0 < bound < math.inf):
+            problems[name] = f"{name}={bound!r}: a bound is a positive finite number, or None"
+    if spec.top_k is not None and not (isinstance(spec.top_k, int) and _is_number(spec.top_k) and spec.top_k > 0):
+        problems["top_k"] = f"top_k={spec.top_k!r}: a number of tokens is a positive whole number, or None"
     if not _is_weight_clip(spec.weight_clip):
         problems["weight_clip"] = (
             f"weight_clip={spec.weight_clip!r}: give (low, high) with 0 <= low <= 1 <= high, so that an on-policy "
@@ -147,12 +162,17 @@ def _is_weight_clip(weight_clip: Any) -> bool:
 
 def _unused_options(spec: KLSpec, loss: KLLoss, bad: Collection[str]) -> list[str]:
     """Options that were changed but that the rest of the configuration never reads."""
+    scoreless = loss.exact and spec.credit == "token"  # no coefficient of the score, but for a sampled tail
     unused = {
         "gamma": "only credit='to_go' discounts" if spec.credit != "to_go" else "",
         "weight_clip": "off_policy='none' has no weights" if spec.off_policy == "none" else "",
         "weight_clip_mode": "off_policy='none' has no weights" if spec.off_policy == "none" else "",
         "clip_epsilon": "only clip='separate' and clip='combined' clip" if spec.clip is None else "",
         "coefficient_bound": "" if loss.may_overflow else "its coefficient grows no faster than the log-ratio squared",
+        "baseline": "the gradient within a step is analytic and has no coefficient" if scoreless else "",
+        "clip": "the gradient within a step is analytic and has no coefficient" if scoreless else "",
+        "top_k": "" if loss.exact else "only exact KLs sum over the vocabulary",
+        "tail": "" if loss.exact and spec.top_k is not None else "only an exact KL with top_k has a tail",
     }
     defaults = {field.name: field.default for field in fields(KLSpec)}
     problems = [
@@ -160,6 +180,11 @@ def _unused_options(spec: KLSpec, loss: KLLoss, bad: Collection[str]) -> list[st
         for option, why in unused.items()
         if why and option not in bad and getattr(spec, option) != defaults[option]
     ]
+    if spec.clip == "combined" and loss.exact and not scoreless:
+        problems.append(
+            f"clip='combined' was asked for, but a part of {spec.name}'s gradient is analytic and no advantage: use "
+            "clip='separate', which clips the coefficients of later KLs, or leave clip out"
+        )
     if spec.clip is not None and spec.off_policy != "token" and not {"clip", "off_policy"} & set(bad):
         problems.append(
             f"clip={spec.clip!r} clips the token ratio, but off_policy={spec.off_policy!r} was asked for: use "
@@ -171,6 +196,11 @@ def _unused_options(spec: KLSpec, loss: KLLoss, bad: Collection[str]) -> list[st
 def _refused_gradient(spec: KLSpec, loss: KLLoss, bad: Collection[str]) -> list[str]:
     if spec.allow_biased or {"credit", "gamma"} & set(bad) or spec.gradient_of not in ("zero", "biased"):
         return []
+    if spec.top_k is not None and loss.exact and spec.tail == "bucket":
+        return [
+            f"{spec.name} with tail='bucket': the expected gradient is that of a lower bound, the KL of distributions "
+            "whose tails are one token; use tail='sampled' or top_k=None, or pass allow_biased=True for an ablation"
+        ]
     if loss.gradient_of[str(spec.credit)] != spec.gradient_of:
         return [
             f"{spec.name} with gamma={spec.gamma}: the expected gradient is that of neither the local nor the "

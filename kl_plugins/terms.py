@@ -17,10 +17,8 @@ from torch import Tensor
 
 from kl_plugins.errors import ConfigError
 from kl_plugins.estimators import k3_slope
+from kl_plugins.exact import ExactKL
 from kl_plugins.spec import KLSpec
-
-# Largest cost, in nats, of a left-out token to those before it: reached at one 1e6 times as likely in the reference.
-LEFT_OUT_BOUND = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +26,10 @@ class KLTerms:
     """What `kl_terms` returns. Every (B, T) tensor but `loss` is detached and 0 where a token doesn't count."""
 
     loss: Tensor
-    """(B, T), nats. Forward value `value`, gradient `score_coefficient * grad logp`."""
+    """(B, T), nats. Forward value `value`, gradient `score_coefficient * grad logp`; of an exact KL also the weighted
+    gradient of the divergence itself."""
     value: Tensor
-    """(B, T), nats. The unweighted per-token KL estimate."""
+    """(B, T), nats. The unweighted per-token KL, sampled or exact."""
     coefficient: Tensor
     """(B, T). c_t, with credit assigned and the baseline subtracted, before any importance weight."""
     weight: Tensor
@@ -63,6 +62,7 @@ def kl_terms(
     baseline: Tensor | None = None,
     left_out_tokens: Tensor | None = None,
     left_out_positions: Tensor | None = None,
+    exact: ExactKL | None = None,
 ) -> KLTerms:
     """The KL-to-reference term of a batch of sampled sequences.
 
@@ -81,9 +81,10 @@ def kl_terms(
             sum_v m_v (p_v log(p_v / r_v) - p_v + r_v), which is 0 only where policy and reference agree on them.
             Under credit `"to_go"` and `"sequence"` a left-out token still answers for what follows it, and for what
             comes before it its cost is 1 - exp(-u), whose mean is what leaving it out changes of that divergence
-            (bounded at `LEFT_OUT_BOUND`).
+            (bounded at `spec.left_out_bound`).
         left_out_positions: (B, T) of 0 and 1, 1 where it is left out because of where it stands, whatever token it
             is; it may depend on what comes before. Such a token costs nothing and answers for what follows.
+        exact: For the exact configurations, and only for them: `kl_plugins.exact_kl` of the same batch.
 
     Returns:
         `KLTerms`. The sum of `loss` over tokens, averaged over sequences, has the expected gradient
@@ -93,14 +94,29 @@ def kl_terms(
         `ValueError`: shapes that differ, a mask that isn't 0/1, a NaN or inf at a counted token (unless
             `spec.nonfinite="drop"`), or groups that don't divide the batch.
         `ConfigError`: `baseline="leave_one_out"` with neither `group_size` nor `baseline`; `left_out_tokens` with a
-            configuration whose later costs are no log-ratios.
+            configuration whose later costs are no log-ratios; an exact configuration without `exact`, or with one
+            that was made for another.
     """
-    logp, ref_logp, behavior_logp, counted, dropped = _checked(spec, logp, ref_logp, mask, behavior_logp)
+    logp, ref_logp, behavior_logp, counted, dropped = _checked(spec, logp, ref_logp, mask, behavior_logp, exact)
     log_ratio = (logp - ref_logp).detach()
     unscored = behavior_logp.isnan()
     log_rho = torch.where(unscored, 0.0, logp.detach() - behavior_logp)
     left_out = _LeftOut.of(spec, counted, tokens=left_out_tokens, positions=left_out_positions)
 
+    if exact is not None:
+        return _exact_terms(
+            spec,
+            exact,
+            logp,
+            log_ratio,
+            log_rho,
+            counted,
+            left_out.any,
+            unscored,
+            dropped,
+            group_size=group_size,
+            baseline=baseline,
+        )
     costs, credited = _credited(spec, log_ratio, counted, left_out)
     value = torch.where(counted & ~left_out.any, _bounded(spec.loss.value(log_ratio)), 0.0)
     coefficient = torch.where(counted, credited, 0.0)
@@ -168,6 +184,7 @@ def leave_one_out_baseline(
     group_size: int,
     left_out_tokens: Tensor | None = None,
     left_out_positions: Tensor | None = None,
+    exact: ExactKL | None = None,
 ) -> Tensor:
     """(B, T) `baseline` for `kl_terms`: for each row the mean coefficient of the *other* rows of its group.
 
@@ -175,9 +192,12 @@ def leave_one_out_baseline(
     and the log-probs at rollout. It is a function of other samples, so that the expected gradient stays what it was
     when the policy has moved on. Arguments and errors as those of `kl_terms`.
     """
-    logp, ref_logp, _, counted, _ = _checked(spec, logp.detach(), ref_logp, mask, None)
+    logp, ref_logp, _, counted, _ = _checked(spec, logp.detach(), ref_logp, mask, None, exact)
     left_out = _LeftOut.of(spec, counted, tokens=left_out_tokens, positions=left_out_positions)
-    _, credited = _credited(spec, logp - ref_logp, counted, left_out)
+    if exact is not None:
+        _, _, _, credited = _exact_credit(spec, exact, logp - ref_logp, counted & ~left_out.any)
+    else:
+        _, credited = _credited(spec, logp - ref_logp, counted, left_out)
     return _leave_one_out(credited, counted, group_size, spec.credit)
 
 
@@ -194,7 +214,7 @@ class _LeftOut:
         if tokens is not None and not spec.can_leave_tokens_out:
             raise ConfigError(
                 f"left_out_tokens with {spec.name!r} and credit={spec.credit!r}: what a left-out token costs those "
-                "before it is known for log-ratios only; use credit='token' or kl='k1_in_reward'"
+                "before it is known for sampled log-ratios only; use credit='token' or kl='k1_in_reward'"
             )
         given = {"left_out_tokens": tokens, "left_out_positions": positions}
         found = {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -221,7 +241,7 @@ def _credited(
     pointwise = torch.where(counted & ~left_out.any, _summable(pointwise, spec.credit), 0.0)
     if spec.credit == "token":
         return (pointwise, pointwise), pointwise
-    instead = _summable(_bounded(k3_slope(log_ratio), LEFT_OUT_BOUND), spec.credit)
+    instead = _summable(_bounded(k3_slope(log_ratio), spec.left_out_bound), spec.credit)
     to_earlier = torch.where(left_out.by_token, instead, pointwise)
     return (pointwise, to_earlier), assign_credit(to_earlier, spec.credit, spec.gamma) + (pointwise - to_earlier)
 
@@ -247,21 +267,24 @@ def _leave_one_out(credited: Tensor, counted: Tensor, group_size: int, credit: s
     return _bounded(mean * (group_size / count.clamp(min=1))).reshape(batch, length)
 
 
-def importance_weight(log_rho: Tensor, mask: Tensor, spec: KLSpec) -> tuple[Tensor, Tensor]:
+def importance_weight(log_rho: Tensor, mask: Tensor, spec: KLSpec, *, of_state: bool = False) -> tuple[Tensor, Tensor]:
     """The bounded importance weight and where it was cut, both (B, T).
 
     Args:
         log_rho: log pi_theta - log mu per token, 0 where the token doesn't count.
         mask: bool.
         spec: `off_policy`, `weight_clip` and `weight_clip_mode` are read.
+        of_state: For what is averaged over the token already and depends on the prefix only: without the token's own
+            ratio. `"token"` is then 1, `"prefix"` the product of the ratios before the token.
 
     An unbounded weight saturates at the square root of the largest finite number, so that its square is finite.
     """
     if spec.off_policy == "prefix":
+        log_rho = torch.nn.functional.pad(log_rho, (1, -1)) if of_state else log_rho
         log_rho = log_rho.cumsum(-1)
     elif spec.off_policy == "sequence":
         log_rho = log_rho.sum(-1, keepdim=True).expand_as(log_rho)
-    elif spec.off_policy == "none":
+    elif spec.off_policy == "none" or of_state:
         log_rho = torch.zeros_like(log_rho)
     low, high = spec.weight_clip
     high = min(high, math.sqrt(torch.finfo(log_rho.dtype).max))
@@ -321,11 +344,18 @@ def _summable(x: Tensor, credit: str | None) -> Tensor:
 
 
 def _checked(
-    spec: KLSpec, logp: Tensor, ref_logp: Tensor, mask: Tensor, behavior_logp: Tensor | None
+    spec: KLSpec,
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    behavior_logp: Tensor | None,
+    exact: ExactKL | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Inputs in full precision with 0 at every position that doesn't count, the counted and the dropped positions."""
+    _check_exact(spec, exact)
     behavior_logp = logp.detach() if behavior_logp is None else behavior_logp.detach()
-    _same_shape({"logp": logp, "ref_logp": ref_logp, "mask": mask, "behavior_logp": behavior_logp})
+    more = {} if exact is None else {"exact_kl": exact.value.detach()}
+    _same_shape({"logp": logp, "ref_logp": ref_logp, "mask": mask, "behavior_logp": behavior_logp, **more})
     dtype = torch.promote_types(logp.dtype, torch.float32)
     narrow = torch.finfo(logp.dtype).max
     logp, ref_logp, behavior_logp = (x.to(dtype) for x in (logp, ref_logp.detach(), behavior_logp))
@@ -334,11 +364,15 @@ def _checked(
     counted = mask.bool()
     not_binary = (mask != 0) & (mask != 1)
     nonfinite = counted & ~(logp.isfinite() & ref_logp.isfinite() & ~behavior_logp.isinf())
+    for kl in more.values():
+        nonfinite |= counted & ~kl.isfinite()
     any_not_binary, any_nonfinite = torch.stack([not_binary.any(), nonfinite.any()]).tolist()  # one sync
     if any_not_binary:
         raise ValueError(f"mask must be 0 or 1, found {mask[not_binary][0].item()}: 1 counts a token, 0 leaves it out")
     if any_nonfinite and spec.nonfinite == "error":
-        raise ValueError(_nonfinite_message(nonfinite, logp=logp, ref_logp=ref_logp, behavior_logp=behavior_logp))
+        raise ValueError(
+            _nonfinite_message(nonfinite, logp=logp, ref_logp=ref_logp, behavior_logp=behavior_logp, **more)
+        )
     counted = counted & ~nonfinite
     logp, ref_logp, behavior_logp = (torch.where(counted, x, 0.0) for x in (logp, ref_logp, behavior_logp))
     return logp, ref_logp, behavior_logp, counted, nonfinite
@@ -358,4 +392,91 @@ def _nonfinite_message(where: Tensor, **tensors: Tensor) -> str:
         f"{int(where.sum())} counted tokens have a log-probability that is not finite, the first at row {row}, "
         f"position {column}: {found}; mask them, mend the model that gave them, or drop and count them with "
         "nonfinite='drop'"
+    )
+
+
+def _check_exact(spec: KLSpec, exact: ExactKL | None) -> None:
+    if exact is not None and spec.loss.exact:
+        exact.check(spec)
+    elif exact is not None:
+        raise ConfigError(f"exact was passed for {spec.name}, which is sampled: leave it out, or use exact_in_reward")
+    elif spec.loss.exact:
+        raise ConfigError(
+            f"{spec.name} sums over the vocabulary, but only the sampled tokens' log-probs were passed: pass "
+            "exact=exact_kl(spec, logits=..., ref_logits=..., mask=...)"
+        )
+
+
+def _exact_credit(
+    spec: KLSpec, exact: ExactKL, log_ratio: Tensor, counted: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, T) each: the divergence with its graph, what a sampled tail adds to its value and to the coefficient, and
+    the coefficient: the KLs of strictly later tokens, and that of the tail.
+
+    The token's own KL in it would not change the expected gradient, E[score] = 0, only the variance.
+    """
+    kl = torch.where(counted, exact.value, 0.0)
+    tail = counted & exact.outside
+    value = torch.where(tail, _summable(spec.loss.value(log_ratio), "to_go"), 0.0)
+    coefficient = torch.where(tail, _bounded(spec.loss.coefficient(log_ratio), spec.coefficient_bound), 0.0)
+    return kl, value, coefficient, _bounded(_of_later(kl.detach() + value, spec) + coefficient)
+
+
+def _of_later(x: Tensor, spec: KLSpec) -> Tensor:
+    """sum_{s>t} gamma^(s-t) x_s with credit `"to_go"`, 0 with `"token"`."""
+    if spec.credit == "token":
+        return torch.zeros_like(x)
+    to_go = assign_credit(_summable(x, spec.credit), "to_go", spec.gamma)
+    return spec.gamma * torch.nn.functional.pad(to_go[:, 1:], (0, 1))
+
+
+def _exact_terms(
+    spec: KLSpec,
+    exact: ExactKL,
+    logp: Tensor,
+    log_ratio: Tensor,
+    log_rho: Tensor,
+    counted: Tensor,
+    left_out: Tensor,
+    unscored: Tensor,
+    dropped: Tensor,
+    *,
+    group_size: int | None,
+    baseline: Tensor | None,
+) -> KLTerms:
+    """grad E[sum_t KL_t] = E[sum_t (grad KL_t + (sum_{s>t} KL_s) score_t)], each half with the weight of its own.
+
+    KL_t is averaged over the token: its weight is that of the state, prod_{s<t} rho_s with `off_policy="prefix"`. So
+    is that of a later KL_s in the coefficient of token t. What a sampled token stands for (the tail, the baseline) has
+    the inclusive weight.
+    """
+    kl, tail_value, tail_coefficient, credited = _exact_credit(spec, exact, log_ratio, counted & ~left_out)
+    value = _bounded(kl.detach() + tail_value)
+    coefficient = torch.where(counted, credited, 0.0)
+    subtracted = torch.where(counted, _baseline(spec, credited, counted, group_size, baseline), 0.0)
+    reduced = _bounded(coefficient - subtracted)
+
+    of_state, state_cut = importance_weight(log_rho, counted, spec, of_state=True)
+    weight, cut = importance_weight(log_rho, counted, spec)
+    if spec.clip is not None:
+        weight, cut = _ppo_clip(weight, cut, log_rho, reduced, spec.clip_epsilon)
+    if spec.off_policy == "prefix":
+        later = _of_later(of_state * kl.detach() + _bounded(weight * tail_value), spec)
+        weighted = later + _bounded(weight * (tail_coefficient - subtracted))
+    else:
+        weighted = weight * reduced
+    score_coefficient = torch.where(counted, _bounded(weighted), 0.0)
+    scored = spec.credit != "token" or exact.top_k is not None
+    return KLTerms(
+        loss=surrogate(logp=logp, value=value, score_coefficient=score_coefficient) + of_state * (kl - kl.detach()),
+        value=value,
+        coefficient=reduced,
+        weight=weight if scored else of_state,
+        score_coefficient=score_coefficient,
+        log_ratio=log_ratio,
+        mask=counted,
+        cut=cut | state_cut if scored else state_cut,
+        unscored=unscored,
+        dropped=dropped,
+        left_out=left_out,
     )

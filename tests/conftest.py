@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from matrix import CONFIGURATIONS, REFUSED
+from matrix import COLUMNS, REFUSED
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +25,7 @@ def covers(record_property):
     """`covers(host, trainer, configuration)`: the cell of the table that the result of this test goes into."""
 
     def record(host, trainer, configuration):
-        assert configuration in CONFIGURATIONS
+        assert configuration in COLUMNS
         record_property(COVERS, json.dumps([f"{host} {installed_version(host)}", trainer, configuration]))
 
     return record
@@ -67,10 +67,10 @@ def pytest_terminal_summary(terminalreporter):
 
 def table(cells):
     made = Table("host", "trainer", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in CONFIGURATIONS:
+    for name in COLUMNS:
         made.add_column(name.replace(" ", "\n"), no_wrap=True)
     for host, trainer in sorted({(host, trainer) for host, trainer, _ in cells}):
-        made.add_row(host, trainer, *(said(cells.get((host, trainer, name), []), name) for name in CONFIGURATIONS))
+        made.add_row(host, trainer, *(said(cells.get((host, trainer, name), []), name) for name in COLUMNS))
     return made
 
 

@@ -101,7 +101,7 @@ def own_configurations(*, off_policy: bool) -> list[Configuration]:
     kinds = OFF_POLICY if off_policy else ("",)
     found = []
     for name, loss in all_losses().items():
-        if name in EXACT:
+        if loss.exact:
             continue
         for credit in loss.gradient_of:
             for kind in kinds:

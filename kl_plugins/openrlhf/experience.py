@@ -196,7 +196,7 @@ def _baselines(plan: Plan, experiences: list[Any]) -> list[Tensor | None]:
         for x in experiences
     ]
     for group in _groups(plan, experiences):  # a prompt at a time, for the memory
-        whole = {
+        whole: dict[str, Any] = {
             name: pad_sequence([tensors[e][name][row] for e, row in group], batch_first=True) for name in tensors[0]
         }
         found = leave_one_out_baseline(plan.spec, **whole, group_size=plan.group_size)

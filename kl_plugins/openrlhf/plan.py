@@ -12,7 +12,7 @@ from kl_plugins.controllers import ControllerSpec
 from kl_plugins.errors import ConfigError, PatchError, refuse
 from kl_plugins.leave_out import LeftOut, left_out
 from kl_plugins.options import LEAVE_OUT_OPTIONS, KLOptions, option
-from kl_plugins.registry import get_loss
+from kl_plugins.registry import distribution_problems, get_loss
 from kl_plugins.spec import KLSpec
 
 PLACEMENTS = ("auto", "loss", "reward")
@@ -83,6 +83,7 @@ def plan_run(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True
         raise ConfigError("no KL was named: give one, e.g. --kl k2_as_loss, or start OpenRLHF itself")
     loss = get_loss(options.kl)
     in_reward = options.kl_placement == "reward" or (options.kl_placement == "auto" and loss.in_reward)
+    refuse(distribution_problems(options.kl, "OpenRLHF's actor"))
     problems = _placement_problems(options, loss.in_reward, in_reward)
     spec = None
     try:

@@ -37,7 +37,8 @@ class OnlineFields(ReferenceOptions, KLFields):
             self.kl_reference = None
 
     def _check_host(self) -> None:
-        check_trl(*self.kl_part.split(), *(["vllm"] if self.use_vllm else []))
+        more = {"vllm": self.use_vllm, "exact": get_loss(str(self.kl)).exact}
+        check_trl(*self.kl_part.split(), *(part for part, needed in more.items() if needed))
 
     def _claimed(self, beta: float) -> float:
         return unclaimed_beta(beta)
@@ -54,6 +55,19 @@ class OnlineFields(ReferenceOptions, KLFields):
         yield from self.reference_problems()
         if self.sync_ref_model and self.changed_reference_options():
             yield "sync_ref_model=True moves TRL's own reference: use kl_reference_every and kl_reference_decay"
+        if get_loss(str(self.kl)).exact:
+            if self.kl_top_k is not None:
+                yield (
+                    f"kl_top_k={self.kl_top_k}: TRL's trainers sum over the whole vocabulary, in tiles, which costs "
+                    "no more than a head of it: leave it out"
+                )
+            moving = "sync_ref_model" if self.sync_ref_model else "kl_reference_every"
+            if self.sync_ref_model or self.kl_reference_every is not None:
+                yield (
+                    f"{moving}={getattr(self, moving)} changes the reference between a rollout and its use, but "
+                    f"kl={self.kl!r} keeps its hidden states from the rollout: leave it out, or use k1_in_reward or "
+                    "k2_as_loss"
+                )
         if not self.kl_allow_biased:
             yield from sampling_problems(self)
 

@@ -22,6 +22,7 @@ class KLInGRPO(KLTrainer):
             return super()._compute_loss(model, inputs)
         inputs = dict(inputs)
         added: list[Tensor] = []
+        self._scored = ()
 
         def see(logp: Tensor) -> None:
             terms = self.compute_kl_terms(logp, inputs)
@@ -45,15 +46,21 @@ class KLInGRPO(KLTrainer):
         return term
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._scored = ()
         output = super()._generate_and_score_completions(inputs)
         self._rollout_extras(output)
+        if self._exact and self.beta != 0:
+            self._keep_reference(output)
         if self.kl_spec is not None and self.kl_spec.baseline is not None and self.beta != 0:
             output["kl_baseline"] = self._rollout_baseline(self._rollout_logp(output), output)
         return output
 
     def _rollout_logp(self, output: dict[str, Any]) -> Tensor:
-        """(B, T) log-probs at rollout. TRL has them unless the batch is on-policy without vLLM: then score once."""
-        for name in ("sampling_per_token_logps", "old_per_token_logps"):
+        """(B, T) log-probs at rollout. TRL has them unless the batch is on-policy without vLLM: then score once.
+
+        An exact KL needs the policy's distributions, too, which TRL has if it scored with the old policy.
+        """
+        for name in () if self._exact and not self._scored else ("sampling_per_token_logps", "old_per_token_logps"):
             if name in output:
                 return output[name]
         with torch.no_grad():

@@ -23,7 +23,7 @@ from kl_plugins.leave_out import left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.options import LEAVE_OUT_OPTIONS
 from kl_plugins.patchfile import load_patches
-from kl_plugins.registry import get_loss
+from kl_plugins.registry import distribution_problems, get_loss
 from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
 from kl_plugins.trl.fields import Hook, KLFields, check_trl
@@ -124,6 +124,7 @@ class PPOFields(KLFields):
 
     def _check_host(self) -> None:
         train_with_kl()
+        refuse(distribution_problems(str(self.kl), "TRL's PPOTrainer"))
 
     def _claimed(self, beta: float) -> float:
         return _Claimed(beta)

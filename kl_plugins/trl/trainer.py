@@ -13,10 +13,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from kl_plugins.errors import PatchError, refuse
+from kl_plugins.exact import ExactKL
+from kl_plugins.heads import Head, head_kl
 from kl_plugins.leave_out import equal_reward_rows, left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
+from kl_plugins.trl.exact import Scored, distribution_problems, recorded
 from kl_plugins.trl.reference import MovingReference, load_trained_adapter, start_reference, without_hosts_reference
 from kl_plugins.trl.sampling import model_generation_problems
 from kl_plugins.trl.seam import unclaimed_beta
@@ -32,6 +35,9 @@ class KLTrainer:
     _kl_rewards: Tensor | None = None  # of the rollout at hand, all processes'
     kl_reference: MovingReference | None = None
     _kl_made = 0  # terms, in training steps
+    _exact = False  # whether the KL is summed over the vocabulary
+    _scored: tuple[Scored, ...] = ()  # the host's latest scoring passes, if it is
+    _reference_head: Head | None = None
     length_normalized = ""
     """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
 
@@ -61,6 +67,8 @@ class KLTrainer:
                 eos_token_id=getattr(self.model.generation_config, "eos_token_id", None),
             )
             self._check_sampling()
+            self._exact = bool(self.kl_spec.loss.exact)
+            refuse(distribution_problems(self) if self._exact else [])
             self._say_what_is_trained()
 
     def _check_sampling(self) -> None:
@@ -85,7 +93,12 @@ class KLTrainer:
             )
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if not self._exact:
+            scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        else:
+            with recorded(*args, **kwargs) as passes:
+                scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            self._scored += (passes.together(),)
         if self._on_logps is not None:
             self._on_logps(scored[0])
         return scored
@@ -151,6 +164,7 @@ class KLTrainer:
             mask=mask,
             behavior_logp=inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps")),
             baseline=inputs.get("kl_baseline"),
+            exact=self._exact_kl(mask, inputs["kl_ref_hidden"]) if self._exact else None,
             **self._left_out(inputs),
         )
 
@@ -181,6 +195,30 @@ class KLTrainer:
     def _group_size(self) -> int:
         return int(self.num_generations if self.model.training else self.num_generations_eval)
 
+    def _exact_kl(self, mask: Tensor, ref_hidden: Tensor) -> ExactKL:
+        """(B, T) of the policy, whose scoring was the last: the gradient flows into its hidden states and its head."""
+        scored, self._scored = self._scored[-1], ()
+        assert self._reference_head is not None
+        return head_kl(
+            self.kl_spec,
+            hidden=scored.hidden,
+            head=scored.head,
+            ref_hidden=ref_hidden,
+            ref_head=self._reference_head,
+            mask=mask,
+        )
+
+    def _keep_reference(self, output: dict[str, Any]) -> None:
+        """Put the reference's hidden states, its pass at rollout being the last, into the batch as `kl_ref_hidden`.
+
+        (B, T, H) numbers in the reference's dtype for every token that waits to be trained on. They are shuffled and
+        split as all that TRL keeps of a rollout, and save the reference's second pass.
+        """
+        *policy, reference = self._scored
+        self._scored = tuple(policy) if self.kl_spec.baseline is not None else ()
+        self._reference_head = reference.head
+        output["kl_ref_hidden"] = reference.hidden
+
     def _rollout_baseline(self, logp: Tensor, inputs: dict[str, Any]) -> Tensor:
         """(B, T) leave-one-out baselines from the log-probs at rollout.
 
@@ -188,16 +226,22 @@ class KLTrainer:
         are functions of *other* samples, so that it doesn't matter that the policy has moved on when they are used.
         """
         ref_logp, mask = inputs["ref_per_token_logps"], completion_mask(inputs)
+        with torch.no_grad():
+            kl = self._exact_kl(mask, inputs["kl_ref_hidden"]).value if self._exact else torch.zeros_like(ref_logp)
         logp = torch.where(logp.isnan(), ref_logp, logp)  # a token the engine did not score
         group_size = self._group_size()
         if group_size < 2:  # evaluation may generate one completion a prompt
             return torch.zeros_like(logp)
         rows, length = mask.shape
-        tensors = {"logp": logp, "ref_logp": ref_logp, "mask": mask, **self._left_out(inputs)}
+        tensors = {"logp": logp, "ref_logp": ref_logp, "mask": mask, "kl": kl, **self._left_out(inputs)}
         pooled = torch.stack([tensor.to(logp.dtype) for tensor in tensors.values()], dim=-1)
         pooled = self.accelerator.gather(self.accelerator.pad_across_processes(pooled, dim=1))
         whole = dict(zip(tensors, pooled.unbind(-1), strict=True))
-        baseline = leave_one_out_baseline(self.kl_spec, **whole, group_size=group_size)
+        kl = whole.pop("kl")
+        exact = ExactKL(value=kl, outside=torch.zeros_like(kl).bool(), of=self.kl_spec.loss.exact)
+        baseline = leave_one_out_baseline(
+            self.kl_spec, **whole, group_size=group_size, exact=exact if self._exact else None
+        )
         first = rows * self.accelerator.process_index
         return baseline[first : first + rows, :length]
 

@@ -234,6 +234,8 @@ OURS = {
     ("k2_in_reward", "to_go"): ("sum over s >= t of u_s^2 / 2", OF_TO_GO),
     ("k3_in_reward", "to_go"): ("sum over s >= t of k3_s", OF_TO_GO),
     ("exact_as_loss", "token"): ("analytic, over the whole vocabulary", OF_EXACT),
+    ("exact_in_reward", "token"): ("analytic, over the whole vocabulary", OF_EXACT),
+    ("exact_forward_as_loss", "token"): ("analytic, over the whole vocabulary: p - r of each logit", OF_EXACT),
     ("exact_in_reward", "to_go"): ("analytic local part + (sum over s > t of KL_s) on the score of t", OF_EXACT),
 }
 

@@ -13,7 +13,7 @@ from kl_plugins.errors import ConfigError, refuse
 from kl_plugins.hosts import installed_version
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_run
 from kl_plugins.options import LEAVE_OUT_OPTIONS, KLOptions, ReferenceOptions
-from kl_plugins.registry import get_loss
+from kl_plugins.registry import distribution_problems, get_loss
 from kl_plugins.spec import KLSpec
 from kl_plugins.verdicts.host_terms import BETA, CHOICES, HOSTS, MARKS, OPTIONS, TERMS, VERSIONS, HostTerm
 from kl_plugins.verdicts.settings import convert, refuse_unknown_kl
@@ -182,6 +182,7 @@ def _trl_spec(
     kl._none_from_words()
     reference = ReferenceOptions(**{name: value for name, value in ours.items() if name.startswith("kl_reference")})
     loss = get_loss(str(kl.kl))
+    refuse(distribution_problems(loss.name, "TRL's PPOTrainer") if trainer == "ppo" else [])
     if placement not in ("auto", "loss", "reward"):
         raise ConfigError(f"kl_placement={placement!r}: choose from auto, loss, reward")
     in_reward = trainer == "ppo" and (placement == "reward" or (placement == "auto" and loss.in_reward))

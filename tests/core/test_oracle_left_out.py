@@ -93,6 +93,18 @@ def test_both_at_once(name, credit, case, exact):
     assert relative_error(found(case, name, left_out(case, (0,), (0, 2)), credit=credit), expected) <= RTOL
 
 
+@pytest.mark.parametrize("positions", [(0,), (1, 3)], ids=str)
+def test_positions_without_an_exact_kl(positions, case, exact):
+    masks, prefix = left_out(case, (), positions), {"off_policy": "prefix", "weight_clip": UNBOUNDED}
+    expected = true_gradient(case, exact, "sequence", positions=positions)
+    assert relative_error(found(case, "exact_in_reward", masks), expected) <= RTOL
+    assert relative_error(found(case, "exact_in_reward", masks, case.behavior, **prefix), expected) <= RTOL
+    local = true_gradient(case, exact, "reverse", positions=positions)
+    assert relative_error(found(case, "exact_as_loss", masks), local) <= RTOL
+    if (masks["left_out_positions"] & case.sequences.mask).any():
+        assert relative_error(found(case, "exact_as_loss", {}), local) > 1e-3
+
+
 @pytest.mark.parametrize("off", ["prefix", "sequence"])
 @pytest.mark.parametrize(("name", "credit"), SEQUENCE)
 def test_off_policy(name, credit, off, case, exact):
@@ -160,6 +172,22 @@ def test_equal_on_the_kept_tokens_is_no_gradient():
     assert logp.grad.abs().max() == 0
 
 
+def test_a_left_out_tokens_cost_is_bounded():
+    """In float32 it would overflow, and a trainer bounds it at 1e6, as the coefficient of k3."""
+    logp = torch.tensor([[-1.0, -200.0]], requires_grad=True)
+    out = torch.tensor([[0, 1]])
+
+    def coefficient(**options):
+        spec = KLSpec.from_name("k1_in_reward", **options)
+        ref_logp = torch.tensor([[-1.0, -1.0]])
+        return kl_terms(spec, logp=logp, ref_logp=ref_logp, mask=torch.ones(1, 2), left_out_tokens=out).coefficient
+
+    assert coefficient().isfinite().all()
+    assert coefficient(left_out_bound=1e6).tolist() == [[-1e6, 0.0]]
+    with pytest.raises(ConfigError, match="left_out_bound=-1"):
+        coefficient(left_out_bound=-1)
+
+
 def test_metrics_show_what_was_left_out():
     logp = torch.tensor([[-1.0, -1.0, -1.0, -1.0]])
     ref_logp = torch.tensor([[-1.5, -2.0, -5.0, -9.0]])
@@ -199,7 +227,12 @@ def test_refused(masks, message):
         kl_terms(KLSpec.from_name("k2_as_loss"), logp=logp, ref_logp=logp, mask=torch.ones(1, 2), **masks)
 
 
+def test_tokens_left_out_of_a_sum_over_the_vocabulary_are_refused(case):
+    with pytest.raises(ConfigError, match="known for sampled log-ratios only"):
+        found(case, "exact_as_loss", left_out(case, (0,)))
+
+
 def test_costs_that_are_no_log_ratios_are_refused():
     logp, spec = torch.zeros(1, 2), KLSpec.from_name("k3_in_reward", allow_biased=True)
-    with pytest.raises(ConfigError, match="known for log-ratios only"):
+    with pytest.raises(ConfigError, match="known for sampled log-ratios only"):
         kl_terms(spec, logp=logp, ref_logp=logp, mask=torch.ones(1, 2), left_out_tokens=torch.ones(1, 2))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from numerics import DTYPES, both_signs, differentiate, largest, one_column, spec_of
+from numerics import DTYPES, SAMPLED, both_signs, differentiate, largest, one_column, spec_of
 
 from kl_plugins import ConfigError, KLLoss, KLSpec, estimators, kl_terms, registry
 
@@ -13,7 +13,7 @@ LOG_RATIOS = both_signs(MAGNITUDES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", list(registry.LOSSES))
+@pytest.mark.parametrize("name", SAMPLED)
 def test_outputs_are_finite(name, dtype):
     logp, ref_logp = one_column(LOG_RATIOS, dtype)
     terms, _ = differentiate(spec_of(name), logp, ref_logp)
@@ -58,7 +58,7 @@ def test_coefficient_bound_leaves_smaller_coefficients_alone():
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 @pytest.mark.parametrize("bounds", [(0.0, 10.0), (0.5, 2.0), (0.0, math.inf)])
 @pytest.mark.parametrize("off", ["token", "prefix", "sequence"])
-@pytest.mark.parametrize("name", list(registry.LOSSES))
+@pytest.mark.parametrize("name", SAMPLED)
 def test_huge_ratios_stay_finite_and_inside_the_bounds(name, off, bounds, mode):
     log_rho = torch.tensor(
         [[1e3, -1e3, 5.0], [-1e3, 1e3, -5.0], [1e3, 1e3, 1e3], [-1e3, -1e3, -1e3], [88.0, 1.0, 60.0]]

@@ -23,6 +23,12 @@ GRADIENTS = {
     ("k2_in_reward", None, 1.0): "biased",
     ("k3_in_reward", None, 1.0): "biased",
     ("k3_in_reward", "to_go", 0.0): "biased",
+    ("exact_as_loss", None, 1.0): "local_reverse_kl",
+    ("exact_in_reward", None, 1.0): "reverse_kl",
+    ("exact_in_reward", "to_go", 0.9): "biased",
+    ("exact_in_reward", "to_go", 0.0): "local_reverse_kl",
+    ("exact_in_reward", "token", 1.0): "local_reverse_kl",
+    ("exact_forward_as_loss", None, 1.0): "local_forward_kl",
 }
 REFUSED = [key for key, gradient in GRADIENTS.items() if gradient in ("zero", "biased")]
 

@@ -59,6 +59,12 @@ def test_the_discount_is_the_hosts(planned):
 @pytest.mark.parametrize(
     ("flags", "options", "message"),
     [
+        (
+            GRPO,
+            {"kl": "exact_in_reward"},
+            "^exact_in_reward needs the full .*OpenRLHF's actor only gives.*k1_in_reward",
+        ),
+        (GRPO, {"kl": "exact_as_loss"}, "^exact_as_loss needs the full next-token distributions.*k2_as_loss"),
         ((), {}, "no KL was named"),
         ((), {"kl": "k1_as_loss"}, "expected gradient is zero"),
         (REINFORCE, {"kl": "k3_in_reward"}, "expected gradient is biased"),

@@ -25,6 +25,11 @@ def config(tmp_path, cls=PPOConfig, **options):
     ("options", "says"),
     [
         ({"kl": "k1_as_loss"}, "use k2_as_loss"),
+        (
+            {"kl": "exact_as_loss"},
+            "^exact_as_loss needs the full next-token distributions.*TRL's PPOTrainer.*k2_as_loss",
+        ),
+        ({"kl": "exact_in_reward"}, "^exact_in_reward needs the full next-token distributions.*use k1_in_reward"),
         ({"kl": "k2_in_reward"}, "biased"),
         ({"kl": "k3_in_reward"}, "biased"),
         ({"kl": "k2_as_loss", "kl_coef": 0.0}, "set a positive finite kl_coef"),

@@ -12,3 +12,10 @@ TRAINED = {
 }
 REFUSED = {name: {"kl": name} for name in ("k1_as_loss", "k2_in_reward", "k3_in_reward")}
 CONFIGURATIONS = TRAINED | REFUSED
+# Where a host gives the full next-token distributions (tests/trl/test_exact_kl.py).
+EXACT = {
+    "exact_as_loss token": {"kl": "exact_as_loss"},
+    "exact_in_reward to_go": {"kl": "exact_in_reward"},
+    "exact_forward_as_loss token": {"kl": "exact_forward_as_loss"},
+}
+COLUMNS = CONFIGURATIONS | EXACT

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from kl_plugins import KLSpec, kl_terms
+from kl_plugins import KLSpec, kl_terms, registry
 
+# Those that need no more than the sampled tokens' log-probs.
+SAMPLED = [name for name, loss in registry.LOSSES.items() if not loss.exact]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -11,6 +11,7 @@ import torch
 from tiny_trl import loss_and_gradients
 from transformers import AutoModelForCausalLM
 
+from kl_plugins.heads import Head
 from kl_plugins.trl import GRPOTrainer, RLOOTrainer
 
 PROMPT = torch.tensor([[3, 12, 4, 13]])
@@ -19,10 +20,14 @@ PAIRS = torch.tensor([(a, b) for a in range(V) for b in range(V) if a != EOS or 
 MASK = torch.stack([torch.ones(len(PAIRS)), (PAIRS[:, 0] != EOS).float()], dim=1).long()
 
 
+def distributions(model) -> torch.Tensor:
+    """(N, 2, V) log-probabilities of what may follow; the graph reaches the model."""
+    return model(torch.cat([PROMPT.expand(len(PAIRS), -1), PAIRS], dim=1)).logits[:, -3:-1].log_softmax(-1)
+
+
 def token_logp(model) -> torch.Tensor:
     """(N, 2) log-probability of every completion's tokens; the graph reaches the model."""
-    logits = model(torch.cat([PROMPT.expand(len(PAIRS), -1), PAIRS], dim=1)).logits[:, -3:-1]
-    return logits.log_softmax(-1).gather(-1, PAIRS[..., None]).squeeze(-1)
+    return distributions(model).gather(-1, PAIRS[..., None]).squeeze(-1)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,10 @@ def others(model):
             for p in other.parameters():
                 p.add_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64))
             found[name] = token_logp(other)
+            if name == "reference":
+                ids = torch.cat([PROMPT.expand(len(PAIRS), -1), PAIRS], dim=1)
+                found["reference_hidden"] = other.model(ids).last_hidden_state[:, -3:-1]
+                found["reference_head"] = Head(weight=other.lm_head.weight, dtype=torch.float64)
     return found
 
 
@@ -57,6 +66,9 @@ def expected_gradient(trainer, others, *, engine_known: bool) -> torch.Tensor:
             "old_logps": (old * MASK)[i : i + 1].sum(-1),
             "ref_per_token_logps": others["reference"][i : i + 1],
         }
+        if trainer.kl_spec.loss.exact:
+            batch["kl_ref_hidden"] = others["reference_hidden"][i : i + 1]
+            trainer._reference_head = others["reference_head"]
         if engine_known:
             batch["sampling_per_token_logps"] = others["engine"][i : i + 1]
         total = total + probability[i] * loss_and_gradients(trainer, batch)[1]
@@ -83,7 +95,7 @@ def true_gradient(trainer, others, of: str) -> torch.Tensor:
     if of == "reverse_kl":
         kl = (logp.sum(-1).exp() * gap.sum(-1)).sum()
     else:
-        engine = others["engine"].exp()
+        engine = (logp.detach() if "policy" in of else others["engine"]).exp()
         first = torch.where(PAIRS[:, 1] == 0, logp[:, 0].exp() * gap[:, 0], 0.0)  # each first token once
         second = engine[:, 0] * logp[:, 1].exp() * gap[:, 1] * MASK[:, 1]
         kl = first.sum() + second.sum()
@@ -103,6 +115,10 @@ def relative_error(found, wanted):
         ({"kl": "k1_in_reward", "kl_off_policy": "prefix", "kl_baseline": None}, "reverse_kl"),
         ({"kl": "k1_in_reward", "kl_off_policy": "sequence", "kl_baseline": None}, "reverse_kl"),
         ({"kl": "k2_as_loss", "kl_credit": "sequence", "kl_off_policy": "sequence"}, "reverse_kl"),
+        ({"kl": "exact_in_reward", "kl_off_policy": "prefix", "kl_baseline": None}, "reverse_kl"),
+        ({"kl": "exact_in_reward", "kl_off_policy": "sequence", "kl_baseline": None}, "reverse_kl"),
+        ({"kl": "exact_as_loss"}, "local_reverse_kl"),
+        ({"kl": "exact_as_loss", "kl_off_policy": "prefix"}, "local_reverse_kl on the policy's prefixes"),
     ],
 )
 def test_expected_gradient_in_the_parameters(make_trainer, others, cls, options, of):
@@ -112,6 +128,8 @@ def test_expected_gradient_in_the_parameters(make_trainer, others, cls, options,
     trainer.model.double()
     wanted = true_gradient(trainer, others, of)
     assert relative_error(expected_gradient(trainer, others, engine_known=True), wanted) < 1e-6
+    if options["kl"] == "exact_as_loss" and of == "local_reverse_kl":
+        return  # no ratio in it: an exact KL on the engine's prefixes needs none
     ignored = relative_error(expected_gradient(trainer, others, engine_known=False), wanted)
     assert ignored > 0.02  # the bias of not weighing the KL by the engine's probabilities
 

@@ -1,0 +1,119 @@
+"""Exact KLs inside TRL: what its fused LM head is called with, policy and reference, without a pass more.
+
+TRL scores completions from hidden states and the LM head's weight, in tiles (`add_fused_lm_head`). Its kernel is
+called with all that the next-token distributions are made of, as TRL itself reads it off the model: hidden states,
+weight and bias, temperature, softcapping and scale. `recorded` keeps these arguments of the passes that TRL makes
+anyway; `kl_plugins.heads.head_kl` makes the KL of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
+from trl.trainer import utils as host
+
+from kl_plugins.errors import PatchError
+from kl_plugins.heads import Head
+
+KERNEL = "_ChunkedLogProbFunction"
+# Where a parameter's gradient may have two sources, and its weight is whole outside of the model's forward.
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scored:
+    """One scoring of completions by a model."""
+
+    hidden: Tensor
+    """(B, T, H): what each completion token was predicted from, with its graph if it has one; junk at padding."""
+    head: Head
+
+
+@dataclass(eq=False)
+class Passes:
+    """The kernel's calls in one scoring, and the kernel itself in the eyes of TRL."""
+
+    kernel: Any
+    attention_mask: Tensor  # (B, prompt + T)
+    length: int  # T
+    batch_size: int
+    calls: list[tuple[Tensor, Head]] = field(default_factory=list)
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        *outputs: Any,
+    ) -> Any:
+        """TRL's own, called with the same."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        head = Head(
+            weight=weight,
+            bias=bias,
+            scale=logit_scale,
+            softcap=final_logit_softcapping,
+            temperature=temperature,
+            dtype=dtype,
+        )
+        self.calls.append((hidden, head))
+        return self.kernel.apply(
+            hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, *outputs
+        )
+
+    def together(self) -> Scored:
+        """All calls in one."""
+        rows = self.attention_mask[:, -self.length :].bool().split(self.batch_size)
+        if len(rows) != len(self.calls):
+            raise PatchError(
+                f"TRL was expected to score {len(rows)} times through its fused LM head, found {len(self.calls)}: "
+                "install a tested version, or use a KL that is not exact"
+            )
+        hidden = [_by_position(found, counted) for (found, _), counted in zip(self.calls, rows, strict=True)]
+        return Scored(hidden=torch.cat(hidden), head=self.calls[-1][1])
+
+
+def _by_position(hidden: Tensor, counted: Tensor) -> Tensor:
+    """(b, T, H) of the (N, H) rows that TRL scored: with Triton those of the completion, else those of all tokens."""
+    batch, length = counted.shape
+    if len(hidden) != counted.sum():
+        return hidden.view(batch, -1, hidden.size(-1))[:, -length:]
+    return hidden.new_zeros(batch, length, hidden.size(-1)).index_put((counted,), hidden)
+
+
+@contextmanager
+def recorded(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+) -> Iterator[Passes]:
+    """What the fused LM head is called with while TRL scores completions; the arguments are those of its method."""
+    batch_size = (args[0] if args else kwargs.get("batch_size")) or len(input_ids)
+    kernel = getattr(host, KERNEL)
+    passes = Passes(kernel, attention_mask, logits_to_keep, batch_size)
+    setattr(host, KERNEL, passes)
+    try:
+        yield passes
+    finally:
+        setattr(host, KERNEL, kernel)
+
+
+def distribution_problems(trainer: Any) -> list[str]:
+    """Where the head's weight can't be read, or given a gradient, outside of the model's forward pass."""
+    kind = trainer.accelerator.distributed_type
+    if kind in DISTRIBUTED:
+        return []
+    return [
+        f"kl={trainer.kl_spec.name!r} with {kind.value}: the LM head is sharded where an exact KL reads it, which was "
+        "not tested; train with plain data parallelism, or use k1_in_reward or k2_as_loss"
+    ]

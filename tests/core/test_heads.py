@@ -1,0 +1,214 @@
+"""`head_kl` against logits that are written out, and that it never writes them out."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kl_plugins import ConfigError, KLSpec, exact_kl, heads
+from kl_plugins.heads import Head, head_kl
+
+SPECS = [KLSpec.from_name("exact_as_loss"), KLSpec.from_name("exact_forward_as_loss")]
+V, H = 37, 8
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(heads, "ROWS", 5)
+    monkeypatch.setattr(heads, "COLUMNS", 10)
+
+
+def case(dtype, *, bias=False, scale=3.0, **options):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def head():
+        return Head(weight=draw(V, H), bias=draw(V) if bias else None, scale=scale, dtype=dtype, **options)
+
+    hidden, ref_hidden = draw(3, 7, H), draw(3, 7, H)
+    mask = torch.arange(7) < torch.tensor([[7], [3], [5]])
+    policy = head()
+    leaves = [x for x in (hidden, policy.weight, policy.bias) if x is not None]
+    for x in leaves:
+        x.requires_grad_()
+    return {"hidden": hidden, "head": policy, "ref_hidden": ref_hidden, "ref_head": head(), "mask": mask}, leaves
+
+
+def dense(spec, inputs):
+    """Naive: all logits, and autograd through log_softmax."""
+
+    def logp(hidden, head):
+        y = hidden @ head.weight.t() + (0 if head.bias is None else head.bias)
+        y = y * head.scale
+        return (
+            (y if head.softcap is None else head.softcap * torch.tanh(y / head.softcap)) / head.temperature
+        ).log_softmax(-1)
+
+    p, r = logp(inputs["hidden"], inputs["head"]), logp(inputs["ref_hidden"], inputs["ref_head"])
+    kl = (p.exp() * (p - r)).sum(-1) if spec.loss.exact == "reverse_kl" else (r.exp() * (r - p)).sum(-1)
+    return kl * inputs["mask"]
+
+
+VARIANTS = [
+    {},
+    {"bias": True},
+    {"softcap": 2.0},
+    {"temperature": 0.7},
+    {"bias": True, "softcap": 3.0, "temperature": 1.7, "scale": 0.5},
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_values_and_gradients_are_the_dense_ones(spec, options, dtype, tolerance):
+    inputs, leaves = case(dtype, **options)
+    above = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    found, wanted = head_kl(spec, **inputs).value, dense(spec, inputs)
+    assert found.dtype == dtype
+    assert (found - wanted).norm() <= tolerance * wanted.norm()
+    for a, b in zip(
+        torch.autograd.grad((above * found).sum(), leaves),
+        torch.autograd.grad((above * wanted).sum(), leaves),
+        strict=True,
+    ):
+        assert (a - b).norm() <= tolerance * b.norm()
+    for forgotten in ("softcap", "temperature", "bias"):  # the twin: each of them changes the divergence
+        if forgotten in options:
+            plain = replace(inputs["head"], **{forgotten: 1.0 if forgotten == "temperature" else None})
+            assert (head_kl(spec, **inputs | {"head": plain}).value - wanted).norm() > 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_tied_weights_get_both_gradients(spec):
+    """One parameter as embedding and head."""
+    inputs, _ = case(torch.float64)
+    weight = inputs["head"].weight
+    tokens = torch.randint(0, V, (3, 7), generator=torch.Generator().manual_seed(2))
+
+    def gradient(kl):
+        tied = inputs | {"hidden": weight[tokens] + inputs["hidden"].detach()}
+        return torch.autograd.grad(kl(tied).sum(), weight)[0]
+
+    found, wanted = gradient(lambda tied: head_kl(spec, **tied).value), gradient(lambda tied: dense(spec, tied))
+    assert (found - wanted).norm() <= 1e-12 * wanted.norm()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_no_gradient_reaches_the_reference(spec):
+    inputs, _ = case(torch.float64)
+    inputs["ref_hidden"].requires_grad_()
+    inputs["ref_head"].weight.requires_grad_()
+    head_kl(spec, **inputs).value.sum().backward()
+    assert inputs["ref_hidden"].grad is None
+    assert inputs["ref_head"].weight.grad is None
+    assert inputs["hidden"].grad.norm() > 0
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_masked_positions_contribute_exactly_nothing(spec):
+    inputs, leaves = case(torch.float32)
+    off = ~inputs["mask"]
+    clean = torch.autograd.grad(head_kl(spec, **inputs).value.sum(), leaves)
+    with torch.no_grad():
+        inputs["hidden"][off] = inputs["ref_hidden"][off] = math.nan
+    found = head_kl(spec, **inputs).value
+    assert torch.equal(found[off], torch.zeros(int(off.sum())))
+    for a, b in zip(torch.autograd.grad(found.sum(), leaves), clean, strict=True):
+        assert torch.equal(a, b)
+    nothing = head_kl(spec, **inputs | {"mask": torch.zeros(3, 7)}).value
+    for x in torch.autograd.grad(nothing.sum(), leaves):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("where", ["both", "reference", "policy"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_excluded_tokens(spec, where):
+    """As `exact_kl` has them: nothing where both exclude a token; inf, and no gradient, where one can't."""
+    inputs, leaves = case(torch.float64, bias=True)
+    with torch.no_grad():
+        for name in {"both": ("head", "ref_head"), "reference": ("ref_head",), "policy": ("head",)}[where]:
+            inputs[name].bias[:12] = -math.inf  # more than a tile
+
+    def logits(hidden, head):
+        return (hidden @ head.weight.t() + head.bias) * head.scale
+
+    wanted = exact_kl(
+        spec,
+        logits=logits(inputs["hidden"], inputs["head"]),
+        ref_logits=logits(inputs["ref_hidden"], inputs["ref_head"]),
+        mask=inputs["mask"],
+    ).value
+    found = head_kl(spec, **inputs).value
+    infinite = {"reference": "reverse_kl", "policy": "forward_kl"}.get(where) == spec.loss.exact
+    assert found[inputs["mask"]].isinf().all() == infinite
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(found.sum(), leaves[:2])
+    assert all(x.isfinite().all() for x in gradients)
+    assert all((x == 0).all() for x in gradients) == infinite
+
+
+def test_bfloat16_is_summed_in_float32():
+    inputs, leaves = case(torch.bfloat16)
+    found = head_kl(SPECS[0], **inputs).value
+    assert found.dtype == torch.float32
+    exact = {k: x.detach().double() if k in ("hidden", "ref_hidden") else x for k, x in inputs.items()}
+    for name in ("head", "ref_head"):
+        exact[name] = replace(inputs[name], weight=inputs[name].weight.detach().double(), dtype=torch.float64)
+    wanted = dense(SPECS[0], exact)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert all(x.dtype == torch.bfloat16 for x in torch.autograd.grad(found.sum(), leaves))
+
+
+def test_a_small_divergence_survives_large_logits():
+    """Of two log-sums near 60, float32 leaves 4e-6: the divergence of 1e-6 is summed apart from them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(1, 4, H, generator=generator), 6 * torch.randn(V, H, generator=generator)
+    ref_weight = weight + 1e-3 * torch.randn(V, H, generator=generator)
+    bias = torch.full((V,), 40.0)
+    inputs = {"hidden": hidden, "head": Head(weight=weight, bias=bias), "mask": torch.ones(1, 4)}
+    inputs |= {"ref_hidden": hidden, "ref_head": Head(weight=ref_weight, bias=bias)}
+    found = head_kl(SPECS[0], **inputs).value
+    wide = {k: x.double() if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
+    for name in ("head", "ref_head"):
+        wide[name] = Head(weight=inputs[name].weight.double(), bias=bias.double(), dtype=torch.float64)
+    wanted = dense(SPECS[0], wide)
+    assert wanted.max() < 1e-5
+    assert (found - wanted).abs().max() < 2e-6
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor had which an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return made
+
+
+def test_logits_are_never_written_out():
+    inputs, _ = case(torch.float32, bias=True, softcap=2.0)
+    with Largest() as seen:
+        head_kl(SPECS[0], **inputs).value.sum().backward()
+    assert seen.elements == V * H  # the gradient of the weight
+    with Largest() as naive:
+        dense(SPECS[0], inputs)
+    assert naive.elements == 3 * 7 * V > seen.elements
+
+
+def test_what_is_refused():
+    inputs, _ = case(torch.float32)
+    for spec in (KLSpec.from_name("k2_as_loss"), KLSpec.from_name("exact_as_loss", top_k=3)):
+        with pytest.raises(ConfigError, match="head_kl sums over the whole vocabulary"):
+            head_kl(spec, **inputs)
+    short = replace(inputs["ref_head"], weight=inputs["ref_head"].weight[:-1])
+    with pytest.raises(ConfigError, match="has 37 tokens, the reference's 36"):
+        head_kl(SPECS[0], **inputs | {"ref_head": short})
