@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter):
         Path(path).write_text("".join(json.dumps([*cell, found]) + "\n" for cell, found in cells.items()))
     elif cells:
         terminalreporter.section("host x trainer x configuration")
-        console = Console(width=164)
+        console = Console(width=220)
         with console.capture() as captured:
             console.print(table(cells))
         terminalreporter.write_line(captured.get())

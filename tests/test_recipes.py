@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 def test_all_are_tested_here():
     here = ["benchmark.py", "benchmark_openrlhf.py", "compare.py", "gradients.py", "grpo.py", "make_math_model.py"]
-    here += ["openrlhf_math.py", "rloo.py"]
+    here += ["openrlhf_math.py", "rloo.py", "benchmark_exact.py"]
     elsewhere = ["openrlhf.sh", "ppo.py"]  # tests/openrlhf/test_run_*.py and test_recipe_flags.py, tests/ppo
     assert sorted(path.name for path in RECIPES.glob("*.[ps][yh]")) == sorted(here + elsewhere)
     assert sorted(path.name for path in RECIPES.rglob("*.yaml")) == ["grpo.yaml"]
@@ -124,6 +124,15 @@ def test_gradients_measures_what_the_readme_says(folder):
         assert [cell.strip() for cell in found.strip("│ ").split("│")][1:] == claimed.strip("| ").replace(
             " ", ""
         ).split("|")[1:]
+
+
+def test_benchmark_exact(folder):
+    shape = ("--vocabulary", 3000, "--tokens", 40, "--tokens", 80, "--hidden", 64, "--rounds", 1)
+    start("benchmark_exact.py", *shape, folder=folder)
+    result = json.loads((folder / "runs" / "benchmark_exact.json").read_text())
+    assert [len(shape["seconds"]) for shape in result["shapes"]] == [3, 3]
+    assert all(shape["gradient_error"] < 1e-4 for shape in result["shapes"])
+    assert (folder / "runs" / "benchmark_exact.png").is_file()
 
 
 def test_benchmark(folder):
