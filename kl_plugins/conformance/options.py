@@ -1,4 +1,4 @@
-"""The options of `pytest --pyargs kl_plugins.conformance`, which pytest loads in every run; nothing else is imported."""
+"""The options of `pytest --pyargs kl_plugins.conformance`. Loaded in every pytest run: nothing else is imported."""
 
 from __future__ import annotations
 

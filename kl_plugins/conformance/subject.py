@@ -47,7 +47,7 @@ class Scored:
 
 
 Coefficient = Callable[[Scored], Tensor]
-"""(B, T): what multiplies the score grad log pi(y_t) in the gradient of the sum over rows; NaN where it is undefined."""
+"""(B, T): what multiplies the score grad log pi(y_t) in the gradient of the sum over rows."""
 Gradient = Callable[[Scored], Tensor]
 """(B, T, V): the gradient of the sum over rows with respect to the policy's logits."""
 
@@ -89,8 +89,8 @@ def from_function(function: Callable[..., Tensor], *, kind: str = "loss", **fiel
     """A subject from a framework's own function.
 
     Args:
-        function: `function(logp, ref_logp, mask, old_logp)`; it may leave out `old_logp`, or `mask` and `old_logp`, and
-            is given `engine_logp` and `group_size` if it names them. Every tensor is (B, T); `mask` is bool.
+        function: `function(logp, ref_logp, mask, old_logp)`; it may leave out the last one or two, and is given
+            `engine_logp` and `group_size` if it names them. Every tensor is (B, T); `mask` is bool.
         kind: `"loss"`: it returns (B, T) losses, which are summed where the mask is 1, or a scalar, which is taken for
             the mean over sequences of their sums over tokens and then called one sequence at a time (or one group, if
             `grouped`). `"reward"`: (B, T) penalties, frozen at rollout (`logp` is the old policy's) and summed from
