@@ -7,9 +7,10 @@ tokens, up to four positions, an early token that steers into prefixes where pol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,11 @@ class Bias:
         return [name for name, error in self.worst.items() if error <= tolerance]
 
 
+def identify(found: Tensor, targets: Mapping[str, Tensor], tolerance: float) -> list[str]:
+    """For gradients that arrive elsewhere than in logits: the names of those that it equals, to `tolerance`."""
+    return [name for name, target in targets.items() if relative_error(found, target) <= tolerance]
+
+
 def bias(means: Sequence[Tensor], setting: str) -> Bias:
     """How far the expected gradients of the nine policies are from those of the divergences."""
     errors = {of: _errors(means, of, setting) for of in DIVERGENCES}
@@ -185,7 +191,7 @@ def squared_error(
 
 
 # What a coefficient can mean, of one token on-policy, against the log-ratio u.
-SHAPES = {
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "u": lambda u: u,
     "1 - exp(-u)": lambda u: -torch.expm1(-u),
     "1": torch.ones_like,
@@ -341,11 +347,8 @@ def masking(subject: Subject) -> Masking:
         return bool(torch.allclose(found, base, rtol=1e-6, atol=1e-8))
 
     def filled(value: Tensor, names: Sequence[str] = ("logp", "ref_logp", "old_logp")) -> bool:
-        return same(
-            subject.logit_gradient(
-                replace(scored, **{name: torch.where(mask, getattr(scored, name), value) for name in names})
-            )
-        )
+        other: dict[str, Any] = {name: torch.where(mask, getattr(scored, name), value) for name in names}
+        return same(subject.logit_gradient(replace(scored, **other)))
 
     apart = torch.zeros_like(base)
     if not subject.grouped:
@@ -362,7 +365,7 @@ def masking(subject: Subject) -> Masking:
 
 def _truncated(scored: Scored, row: int, length: int) -> Scored:
     names = ("logp", "ref_logp", "mask", "old_logp", "engine_logp", "tokens", "logits", "ref_logits")
-    cut = {n: x[row : row + 1, :length] for n in names if (x := getattr(scored, n)) is not None}
+    cut: dict[str, Any] = {n: x[row : row + 1, :length] for n in names if (x := getattr(scored, n)) is not None}
     return replace(scored, **cut)
 
 
@@ -391,6 +394,7 @@ __all__ = [
     "cases",
     "expected_gradients",
     "geometric_mean",
+    "identify",
     "log_ratio_range",
     "masking",
     "moments",

@@ -133,8 +133,8 @@ def load(path: str) -> Callable[..., Tensor]:
 
 def from_spec(spec: KLSpec, **fields: Any) -> Subject:
     """One of our own configurations."""
-    fields = {"claims": spec.gradient_of, "origin": "kl_plugins.kl_terms", "grouped": bool(spec.baseline)} | fields
-    fields.setdefault("knows_engine", True)
+    of: dict[str, Any] = {"claims": spec.gradient_of, "grouped": bool(spec.baseline), "knows_engine": True}
+    fields = of | {"origin": "kl_plugins.kl_terms"} | fields
     fields.setdefault("name", f"{spec.name} {spec.credit}")
     if getattr(get_loss(spec.name), "exact", ""):
         return Subject(gradient=_exact_registered(spec), **fields)

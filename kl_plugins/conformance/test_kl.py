@@ -16,7 +16,7 @@ def learned(pytestconfig: Any) -> judge.Learned:
     """All measurements of the function."""
     path = pytestconfig.getoption("--kl-function", None)
     if not path:
-        pytest.skip("no KL function: pass --kl-function package.module:name")
+        pytest.exit("no KL function: pass --kl-function package.module:name", returncode=pytest.ExitCode.USAGE_ERROR)
     try:
         subject = from_function(
             load(path),

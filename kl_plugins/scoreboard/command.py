@@ -64,7 +64,7 @@ def collect(
     started = time.perf_counter()
     measured, left_out = [], dict(NOT_INSTALLABLE) if not only else {}
     with tempfile.TemporaryDirectory(prefix="kl_plugins-") as scratch:
-        model, about = "", {}
+        model, about = "", dict[str, Any]()
         if with_model:
             with console.status("training a small language model"):
                 model, about = _language_model(Path(scratch))

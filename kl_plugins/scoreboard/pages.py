@@ -140,15 +140,15 @@ def legend(found: dict[str, Any]) -> list[str]:
     """What the columns are, which versions were run, and what is missing."""
     versions = ", ".join(f"{each['framework']} {each['version']}" for each in found["frameworks"])
     said = [
-        "Each row is a framework's own function, run; * is what it does once its KL is switched on, ours is bold. Bias: "
-        "relative error of the expected gradient against that of the reverse KL of whole sequences; local bias: against "
-        "the next-token reverse KLs at the sampled prefixes, which is all that a term of one token can be; by exact "
-        "enumeration, geometric means of nine structured policies. Stale: an older policy drew the tokens; mismatch: a "
-        "rollout engine did that differs from the trainer. MSE at 64: E|g - true|^2 / |true|^2 of a batch of 64 "
-        "completions, true the sequence gradient (1: no better than none at all); model: the same on two small language "
-        "models that are trained on the spot. u = log policy - log reference of a token: where the gradient is exactly 0 "
-        "(float64), where it is right to 1% in float32 (of up to 1000), and where it is no number. Masks: what leaks "
-        "into the gradient from masked positions.",
+        "Each row is a framework's own function, run; * is what it does once its KL is switched on, ours is bold. "
+        "Bias: relative error of the expected gradient against that of the reverse KL of whole sequences; local "
+        "bias: against the next-token reverse KLs at the sampled prefixes, which is all that a term of one token "
+        "can be; by exact enumeration, geometric means of nine structured policies. Stale: an older policy drew "
+        "the tokens; mismatch: a rollout engine did that differs from the trainer. MSE at 64: E|g - true|^2 / "
+        "|true|^2 of a batch of 64 completions, true the sequence gradient (1: no better than none at all); "
+        "model: the same on two small language models that are trained on the spot. u = log policy - log "
+        "reference of a token: where the gradient is exactly 0 (float64), where it is right to 1% in float32 (of "
+        "up to 1000), and where it is no number. Masks: what leaks into the gradient from masked positions.",
         f"Versions: {versions}; Python {found['python']}; {found['seconds']:.0f} s.",
     ]
     return said + [f"Not here: {name}: {why}." for name, why in found["left_out"].items()]
@@ -167,7 +167,7 @@ def goal_lines(found: dict[str, Any]) -> Iterator[str]:
             interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
             yield (
                 f"MSE of {goal['row']} on {where} over that of the best framework ({goal['best_peer']}): goal at most "
-                f"{goal['goal']:g}, measured {goal['measured']['value']:.2f}{interval}; over the best that is unbiased "
+                f"{goal['goal']:g}, measured {goal['measured']['value']:.2f}{interval}; over the best unbiased one "
                 f"({goal['best_unbiased']}): {goal['against_unbiased']['value']:.2f}{_ahead(goal)}"
             )
     if "float32" in goals:
