@@ -181,7 +181,7 @@ def test_the_readmes_section_is_replaced_and_nothing_else(found, tmp_path):
     assert json.loads((tmp_path / "out" / "scoreboard.json").read_text())["goals"]
     assert {path.name for path in written} >= {"scoreboard.json", "scoreboard.md", "README.md"}
     readme.write_text("nothing")
-    with pytest.raises(command.ConfigError, match="it must hold"):
+    with pytest.raises(command.ConfigError, match="it must have a line"):
         pages.write_all(found, tmp_path / "out", readme=readme)
 
 

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kl_plugins.errors import ConfigError
-from kl_plugins.page import COLOURS, can_draw, picture, write
+from kl_plugins.page import COLOURS, INK, can_draw, picture, write
 from kl_plugins.scoreboard.language_model import jackknife
 
 BEGIN, END = "<!-- scoreboard -->", "<!-- end of the scoreboard -->"
+LEAST = 0.01
+"""What the picture shows as 0."""
 COLUMNS = (
     ("KL term", "left"),
     ("bias, on-policy", "right"),
@@ -216,66 +218,59 @@ def write_all(found: dict[str, Any], out: Path, *, readme: Path | None = None) -
 
 
 def drawn(found: dict[str, Any]) -> str:
-    """The picture, an SVG that is light or dark as the page that it is on: bias against noise of every term."""
-    chosen = lines(found)
+    """The picture, an SVG that is light or dark as the page that it is on: bias and error of every term."""
+    chosen = [line for line in lines(found) if not line.ours or _shown(line.row)]
+    chosen.sort(key=lambda line: -_typical_mse(line.row))
 
     def draw(axis: Any) -> None:
-        from kl_plugins.page import INK
+        from matplotlib.ticker import FuncFormatter, NullLocator
 
-        for line in chosen:
-            square = line.row["mse"]["on_policy"]["of_each"]
-            bias = max(line.row["bias"]["stale"]["typical"]["reverse_kl"], 0.01)
-            colour = INK["blue"] if line.ours else INK["orange"]
-            marker = "o" if line.row["where"] == "loss" else "^"
-            axis.plot([bias], [_typical_mse(line.row)], marker=marker, color=colour, markersize=6, linestyle="none")
-            assert square
-        for line, x, y in _labelled(chosen):
-            axis.annotate(
-                _short(line), (x, y), xytext=(6, 3), textcoords="offset points", fontsize=7, color=INK["text"]
+        for y, line in enumerate(chosen):
+            error, bias = _typical_mse(line.row), line.row["bias"]["stale"]["typical"]["reverse_kl"]
+            colour = INK["blue" if line.ours else "orange"]
+            axis.plot([max(bias, LEAST), error], [y, y], color=INK["grid"], linewidth=2, zorder=1)
+            axis.plot(
+                [max(bias, LEAST)], [y], marker="D", markersize=5, color=colour, fillstyle="none", linestyle="none"
             )
+            axis.plot([error], [y], "o", markersize=6, color=colour)
+        axis.set_yticks(range(len(chosen)), [_short(line) for line in chosen])
+        axis.set_ylim(-0.7, len(chosen) - 0.3)
         axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlim(0.008, 12)
-        axis.set_xlabel("bias on stale samples (relative; 0.01 and less at the left)")
-        axis.set_ylabel("mean squared error, 64 completions, on-policy")
-        axis.grid(linewidth=0.6)
-        for name, colour, marker in (
-            ("kl_plugins", "blue", "o"),
-            ("frameworks", "orange", "o"),
-            ("in the reward", "soft", "^"),
+        axis.set_xlim(LEAST * 0.85, 6)
+        axis.set_xticks([LEAST, 0.03, 0.1, 0.3, 1, 3])
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "0" if x <= LEAST else f"{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel("relative to the gradient of the reverse KL of whole sequences; less is better")
+        axis.grid(axis="x", linewidth=0.6)
+        axis.tick_params(axis="y", length=0)
+        for name, colour, marker, fill in (
+            ("squared error of a batch of 64", "soft", "o", "full"),
+            ("bias on stale samples", "soft", "D", "none"),
+            ("kl_plugins", "blue", "s", "full"),
+            ("the frameworks' own functions", "orange", "s", "full"),
         ):
-            axis.plot([], [], marker=marker, linestyle="none", color=INK[colour], label=name)
-        axis.legend(loc="lower right", fontsize=7.5)
+            axis.plot([], [], marker=marker, linestyle="none", color=INK[colour], label=name, fillstyle=fill)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=2, fontsize=8)
 
-    alt = "Bias and mean squared error of KL gradients, each framework's own function against kl_plugins"
-    made = picture(draw, name="scoreboard", alt=alt, size=(8.4, 4.8))
+    alt = "Bias and squared error of KL gradients: each framework's own function, and those of kl_plugins"
+    made = picture(draw, name="scoreboard", alt=alt, size=(8.4, 1.2 + 0.21 * len(chosen)))
     root = ElementTree.fromstring(str(made.svg))
     root.set("xmlns", "http://www.w3.org/2000/svg")
     style = ElementTree.Element("style")
     light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
     style.text = f":root{{{light}font-family:sans-serif}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
     root.insert(0, style)
-    for element in root.iter():
-        for key in ("href",):
-            if key in element.attrib:
-                element.set("href", element.attrib[key])
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _labelled(chosen: list[Line]) -> Iterator[tuple[Line, float, float]]:
-    """One label a place: those that stand on top of an earlier one have none."""
-    taken: list[tuple[float, float]] = []
-    for line in sorted(chosen, key=lambda each: (not each.ours, not each.row["default"])):
-        x = max(line.row["bias"]["stale"]["typical"]["reverse_kl"], 0.01)
-        y = _typical_mse(line.row)
-        if all(abs(math.log10(x / a)) > 0.25 or abs(math.log10(y / b)) > 0.09 for a, b in taken):
-            taken.append((x, y))
-            yield line, x, y
+def _shown(row: dict[str, Any]) -> bool:
+    """Of ours: the defaults, and what leaves no bias on stale samples."""
+    return row["default"] or row["bias"]["stale"]["typical"]["reverse_kl"] == 0
 
 
 def _short(line: Line) -> str:
-    first = line.names[0].replace("`", "").replace(" *", "")
-    return first if len(line.names) == 1 else f"{first} +{len(line.names) - 1}"
+    first = line.names[0].replace("`", "").replace(" *", "").replace("rollout_importance_sampling_mode=", "")
+    return first if len(line.names) == 1 else f"{first}, and {len(line.names) - 1} more"
 
 
 __all__ = ["BEGIN", "END", "drawn", "goal_lines", "jackknife", "lines", "markdown", "number", "show", "write_all"]
