@@ -169,7 +169,7 @@ def _exact_registered(spec: KLSpec) -> Gradient:
             mask=scored.mask,
             behavior_logp=scored.behavior_logp,
             group_size=scored.group_size if spec.baseline else None,
-            exact=exact_kl(spec, logits=live, ref_logits=scored.ref_logits, mask=scored.mask),
+            exact=exact_kl(spec, logits=live, ref_logits=scored.ref_logits, mask=scored.mask, tokens=scored.tokens),
         )
         return torch.autograd.grad(terms.loss.sum(), live)[0]
 
