@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python
 
-.PHONY: help setup quickstart quickstart-openrlhf ppo compare benchmark test test-all matrix lint format wheel lock clean
+.PHONY: help setup quickstart quickstart-openrlhf ppo compare scoreboard benchmark test test-all matrix lint format wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 28
@@ -43,6 +43,9 @@ ppo: setup  ## PPO with a critic, in TRL 1.12, which is put on top of .venv
 
 compare: setup  ## the KL configurations side by side
 	$(RUN) recipes/compare.py $(ARGS)
+
+scoreboard: setup  ## the KL gradients of eight frameworks side by side, by their own functions (into .cache)
+	$(RUN) -m kl_plugins.cli scoreboard --install $(ARGS)
 
 benchmark: setup  ## time and memory of a step, stock TRL against the plugin
 	$(RUN) recipes/benchmark.py $(ARGS)

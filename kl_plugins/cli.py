@@ -1,4 +1,4 @@
-"""The command line: `kl-plugins explain`, `curves`, `audit`, `report`, `doctor`, `openrlhf`, `trl` and `patches`."""
+"""The command line: `kl-plugins explain`, `curves`, `audit`, `scoreboard`, `report`, `doctor` and the launchers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from kl_plugins.openrlhf.plan import OpenRLHFOptions
 from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import changes
 from kl_plugins.run_report import report
+from kl_plugins.scoreboard.command import scoreboard
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,6 +29,7 @@ app.command()(audit)
 app.command()(curves)
 app.command()(doctor)
 app.command()(report)
+app.command()(scoreboard)
 
 
 def openrlhf(context: typer.Context, dry_run: bool, **options: Any) -> None:

@@ -147,11 +147,13 @@ def host_loss(
     use_bias_correction_kl: bool = True,
     importance_sampling_level: str = "token",
     loss_type: str = "luspo",
+    sampling_ratio: Tensor | None = None,
 ) -> Tensor:
     """The loss that `_compute_loss` of TRL's `GRPOTrainer` makes of (B, T) log-probs, with beta 1 and no advantages.
 
     With `loss_type="luspo"` it is the KL term summed over tokens and averaged over sequences. `ref_logp` defaults to
-    0, `old_logp` to on-policy. Everything around the loss (model, accelerator, logs) is a stub.
+    0, `old_logp` to on-policy; `sampling_ratio` is that of the old policy to the vLLM engine. Everything around the
+    loss (model, accelerator, logs) is a stub.
     """
     import torch
 
@@ -169,8 +171,8 @@ def host_loss(
         epsilon_high=0.2,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
+        use_vllm=sampling_ratio is not None,
+        vllm_importance_sampling_correction=sampling_ratio is not None,
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
         entropy_coef=0.0,
@@ -190,6 +192,8 @@ def host_loss(
     }
     if old_logp is not None:
         inputs["old_per_token_logps"] = old_logp
+    if sampling_ratio is not None:
+        inputs["importance_sampling_ratio"] = sampling_ratio
     loss: Tensor = trainer._compute_loss(stub, None, inputs)  # type: ignore[attr-defined]
     return loss
 

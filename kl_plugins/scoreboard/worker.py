@@ -1,0 +1,80 @@
+"""Measures one framework, in a process of its own: `python -m kl_plugins.scoreboard.worker NAME FOLDER LM OUT`.
+
+Frameworks want different versions of the same packages, patch each other, and may crash; none of that is then anybody
+else's problem. What is found goes to OUT as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kl_plugins.conformance import measure
+from kl_plugins.scoreboard import language_model
+from kl_plugins.scoreboard.frameworks import Entry, framework, prepare, quiet
+
+SAMPLES = 64
+"""Completions in the batch that mean squared errors are of."""
+
+
+def measured(entry: Entry, drawn: dict[str, Any] | None) -> dict[str, Any]:
+    """Every number of one row."""
+    subject = entry.subject
+    biases = {s: measure.bias(measure.expected_gradients(subject, s), s) for s in measure.SETTINGS}
+    errors = {
+        setting: [measure.squared_error(subject, case, setting, samples=SAMPLES) for case in measure.cases()]
+        for setting in (measure.SETTINGS if not subject.grouped else ("on_policy",))
+    }
+    return {
+        "name": subject.name,
+        "where": entry.where,
+        "default": entry.default,
+        "claims": subject.claims,
+        "origin": subject.origin,
+        "off_policy": entry.off_policy,
+        "knows_engine": subject.knows_engine,
+        "bias": {setting: asdict(found) for setting, found in biases.items()},
+        "mse": {s: {"of_each": [e for e, _ in each], "error": [e for _, e in each]} for s, each in errors.items()},
+        "range": asdict(measure.log_ratio_range(subject)),
+        "masking": asdict(measure.masking(subject)),
+        "language_model": {
+            task: language_model.statistics(subject, each, samples=SAMPLES) for task, each in (drawn or {}).items()
+        },
+    }
+
+
+def run(name: str, folder: Path | None, drawn: dict[str, Any] | None) -> dict[str, Any]:
+    """All rows of a framework, with its version."""
+    chosen = framework(name)
+    prepare(chosen, folder)
+    start = time.perf_counter()
+    with quiet():
+        entries = chosen.entries()
+        loaded = time.perf_counter()
+        rows = [measured(entry, drawn) for entry in entries]
+    return {
+        "framework": name,
+        "version": version(chosen.distribution),
+        "note": chosen.note,
+        "rows": rows,
+        "seconds": {"import": loaded - start, "measure": time.perf_counter() - loaded},
+    }
+
+
+def main(name: str, folder: str, model: str, out: str) -> None:
+    """The process."""
+    torch.set_num_threads(1)
+    drawn = language_model.load(Path(model)) if model else None
+    found = run(name, Path(folder) if folder else None, drawn)
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

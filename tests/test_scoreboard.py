@@ -1,0 +1,201 @@
+"""The scoreboard: what it measures on ours and on TRL, what it says of those that are missing, what it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kl_plugins.cli import app
+from kl_plugins.conformance import measure
+from kl_plugins.conformance.subject import from_function, from_spec
+from kl_plugins.hosts import installed_version
+from kl_plugins.oracle import relative_error, second_moment
+from kl_plugins.scoreboard import command, frameworks, language_model, pages, worker
+from kl_plugins.spec import KLSpec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Models that have hardly been trained, and few completions."""
+    return {
+        task: language_model.draw(language_model.train(task, steps=5, updates=2), prompts=64) for task in ("plain",)
+    }
+
+
+@pytest.fixture(scope="module")
+def entries():
+    return {entry.subject.name: entry for entry in frameworks.ours()}
+
+
+@pytest.fixture(scope="module")
+def rows(entries):
+    """Two of ours and two of a made-up framework, measured."""
+    names = ("k1_in_reward to_go", "exact_in_reward to_go", "exact_in_reward to_go, prefix weights")
+    clamped = from_function(lambda logp, ref: ((logp - ref).square() / 2).clamp(max=10), name="k2, clamped")
+    reward = from_function(lambda logp, ref: logp - ref, kind="reward", name="k1 in reward")
+    theirs = [frameworks.Entry(subject=clamped, where="loss", default=True)]
+    theirs.append(frameworks.Entry(subject=reward, where="reward"))
+    return [worker.measured(entries[name], None) for name in names], [worker.measured(e, None) for e in theirs]
+
+
+@pytest.fixture(scope="module")
+def found(rows):
+    ours, theirs = rows
+    result = {"python": "3", "seconds": 1.0, "left_out": {"NeMo-RL": "a placeholder"}, "language_model": {}}
+    result["frameworks"] = [
+        {"framework": name, "version": "1", "note": "", "rows": some, "seconds": {"import": 0.0, "measure": 1.0}}
+        for name, some in (("kl_plugins", ours), ("Other", theirs))
+    ]
+    return result | {"goals": command.goals(result)}
+
+
+def test_every_configuration_of_ours_is_a_row(entries):
+    from kl_plugins.registry import all_losses
+
+    for name, loss in all_losses().items():
+        for credit, gradient in loss.gradient_of.items():
+            assert (f"{name} {credit}" in entries) == (gradient not in ("zero", "biased"))
+    assert {"exact_as_loss token", "exact_in_reward to_go"} <= set(entries)
+
+
+@pytest.mark.parametrize("setting", measure.SETTINGS)
+def test_whole_weights_leave_no_bias(entries, setting):
+    for name, entry in entries.items():
+        if entry.off_policy in ("prefix", "sequence"):
+            bias = measure.bias(measure.expected_gradients(entry.subject, setting), setting)
+            assert bias.worst[entry.subject.claims] < command.GOALS["bias"], name
+
+
+def test_the_squared_error_is_bias_and_variance_over_samples():
+    """Against the oracle's own second moment, and by drawing where a baseline ties rows together."""
+    case, spec = measure.cases()[4], KLSpec(name="k1_in_reward")
+    of_one = (spec, case.sequences, case.policy, case.reference)
+    mean, variance = second_moment(*of_one, group_size=1)
+    subject = from_spec(spec)
+    found = measure.moments(subject, case, "on_policy")
+    assert relative_error(found[0], mean) < 1e-12
+    assert found[1] == pytest.approx(float(variance))
+    scale = float(case.true("reverse_kl").square().sum())
+    exact, none = measure.squared_error(subject, case, "on_policy", samples=64)
+    assert (exact, none) == (pytest.approx(float(variance) / 64 / scale), 0.0)
+    drawing = from_spec(spec, grouped=True)  # the same, but drawn in batches
+    sampled, error = measure.squared_error(drawing, case, "on_policy", samples=64, batches=400)
+    assert abs(sampled - exact) < 4 * error < exact
+
+
+def test_what_a_clamp_and_a_placeholder_do_is_said(found):
+    page = pages.markdown(found)
+    (row,) = [line for line in page.splitlines() if line.startswith("| Other k2, clamped *")]
+    assert "< -4.5, > 4.5" in row
+    assert "-4.5 to 4.5" in row
+    assert "Not here: NeMo-RL: a placeholder." in page
+    assert "kl_plugins 1, Other 1" in page
+
+
+def test_goals_are_reported_as_measured(found, rows):
+    ours, theirs = rows
+    assert found["goals"]["bias"]["measured"] < 1e-12
+    best = [min(r["mse"]["on_policy"]["of_each"][i] for r in theirs) for i in range(9)]
+    ratios = [math.log(a / b) for a, b in zip(ours[1]["mse"]["on_policy"]["of_each"], best, strict=True)]
+    assert found["goals"]["mse"]["measured"]["value"] == pytest.approx(math.exp(sum(ratios) / 9))
+    (line,) = [line for line in pages.goal_lines(found) if line.startswith("MSE")]
+    assert f"goal at most 0.25, measured {found['goals']['mse']['measured']['value']:.2f}" in line
+
+
+def test_twin_a_framework_that_wins_is_shown_as_such(found, rows):
+    ours, theirs = rows
+    better = json.loads(json.dumps(theirs[0]))
+    better["mse"]["on_policy"]["of_each"] = [1e-3 * x for x in ours[1]["mse"]["on_policy"]["of_each"]]
+    others = [found["frameworks"][0], found["frameworks"][1] | {"rows": [better, theirs[1]]}]
+    goals = command.goals(found | {"frameworks": others})
+    assert goals["mse"]["measured"]["value"] == pytest.approx(1000)
+    assert "overall Other k2, clamped" in goals["mse"]["best_peer"]
+
+
+def test_rows_that_agree_in_everything_stand_together(found):
+    twice = found | {"frameworks": [*found["frameworks"], found["frameworks"][1] | {"framework": "Third"}]}
+    assert "Other k2, clamped *; Third k2, clamped *" in [line.said for line in pages.lines(twice)]
+
+
+def test_the_language_models_estimates(drawn, entries):
+    """Bias and error of what is the target itself are the noise's, and intervals hold it."""
+    plain = drawn["plain"]
+    found = language_model.statistics(entries["exact_in_reward to_go"].subject, plain, samples=64)
+    bias = language_model.jackknife(found["on_policy"]["bias"])
+    assert bias["low"] < 0 < bias["high"]
+    error = language_model.jackknife(found["on_policy"]["mse"])
+    assert 0 < error["low"] < error["value"] < error["high"]
+    target = SimpleNamespace(logit_gradient=language_model._low_noise)
+    itself = language_model.statistics(target, plain, samples=64)["on_policy"]
+    assert abs(itself["bias"][0]) < 1e-6
+    assert itself["mse"][0] < error["value"]
+
+
+def test_a_completion_ends_with_its_first_newline():
+    tokens = torch.tensor([[3, 0, 0, 0], [3, 4, 5, 6], [0, 0, 0, 0]])
+    assert language_model.mask_of(tokens).long().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+
+
+def test_trl_by_its_own_functions():
+    entries = {entry.subject.name: entry.subject for entry in frameworks.framework("TRL").entries()}
+    ratio, plain, rloo = entries.values()
+    means = {name: measure.expected_gradients(s, "stale") for name, s in (("ratio", ratio), ("plain", plain))}
+    assert measure.bias(means["ratio"], "stale").names(1e-9) == ["local_reverse_kl"]
+    assert measure.bias(means["plain"], "stale").names(1e-9) == []
+    case = measure.cases()[0]
+    mean, _ = measure.moments(rloo, case, "on_policy")  # every pair of completions
+    assert relative_error(mean, case.true("reverse_kl")) < 1e-6
+
+
+def test_the_picture_is_light_and_dark(found):
+    svg = pages.drawn(found)
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "prefers-color-scheme:dark" in svg
+    assert "#0102" not in svg
+
+
+def test_the_readmes_section_is_replaced_and_nothing_else(found, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{pages.BEGIN}\nwhat stood here\n{pages.END}\nafter\n")
+    written = pages.write_all(found, tmp_path / "out", readme=readme)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{pages.BEGIN}\n| KL term")
+    assert text.endswith(f"{pages.END}\nafter\n")
+    assert "what stood here" not in text
+    assert json.loads((tmp_path / "out" / "scoreboard.json").read_text())["goals"]
+    assert {path.name for path in written} >= {"scoreboard.json", "scoreboard.md", "README.md"}
+    readme.write_text("nothing")
+    with pytest.raises(command.ConfigError, match="it must have a line"):
+        pages.write_all(found, tmp_path / "out", readme=readme)
+
+
+@pytest.mark.skipif(installed_version("verl") is not None, reason="verl is installed here")
+def test_a_framework_that_is_missing_or_crashes_is_left_out_and_named(tmp_path):
+    said = command._measure("verl", tmp_path / "nowhere", "", tmp_path / "found.json")
+    assert isinstance(said, str)
+    assert "verl" in said
+    found = command.collect(tmp_path, install=False, only=["verl"], with_model=False, console=Console(quiet=True))
+    assert [each["framework"] for each in found["frameworks"]] == ["kl_plugins"]
+    assert "verl" in found["left_out"]
+
+
+def test_an_unknown_framework_is_refused(tmp_path):
+    done = CliRunner().invoke(app, ["scoreboard", "--only", "verll", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "choose from kl_plugins, TRL" in " ".join(done.output.split())
