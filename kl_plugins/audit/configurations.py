@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from kl_plugins.estimators import k1
+from kl_plugins.exact import ExactKL
 from kl_plugins.hosts import installed_version
 from kl_plugins.registry import all_losses
 from kl_plugins.spec import OFF_POLICY, KLSpec
-from kl_plugins.terms import assign_credit, importance_weight, kl_terms
+from kl_plugins.terms import assign_credit, kl_terms
 
-EXACT = {"exact_as_loss": "local_reverse_kl", "exact_in_reward": "reverse_kl"}
 # In the loss: what compute_approx_kl is asked for. In the reward: the values of these estimators.
 OPENRLHF_ESTIMATORS = ("k1", "k2", "k3")
 VERL_PENALTIES = ("kl", "mse", "low_var_kl", "low_var_kl+")
@@ -101,7 +101,7 @@ def own_configurations(*, off_policy: bool) -> list[Configuration]:
     kinds = OFF_POLICY if off_policy else ("",)
     found = []
     for name, loss in all_losses().items():
-        if loss.exact:
+        if loss.exact == "forward_kl":  # the analytic part that is sketched is that of the reverse KL
             continue
         for credit in loss.gradient_of:
             for kind in kinds:
@@ -114,28 +114,13 @@ def own_configurations(*, off_policy: bool) -> list[Configuration]:
                         origin="kl_plugins.kl_terms",
                         gradient_of=spec.gradient_of,
                         refused=spec.gradient_of in ("zero", "biased"),
-                        coefficients=_ours(spec),
-                        pointwise=_of_log_ratio(loss.coefficient),
+                        coefficients=_exact(spec) if loss.exact else _ours(spec),
+                        pointwise=_of_log_ratio(k1 if loss.exact else loss.coefficient),  # of the same mean
                         later=credit != "token",
                         weighted=kind != "none",
+                        analytic=bool(loss.exact),
                     )
                 )
-    for name, gradient_of in EXACT.items():
-        for kind in kinds:
-            found.append(
-                Configuration(
-                    name=name,
-                    credit="token" if name == "exact_as_loss" else "to_go",
-                    off_policy=kind,
-                    origin="analytic over the vocabulary, as the target is",
-                    gradient_of=gradient_of,
-                    coefficients=_exact(kind or "none", in_reward=name == "exact_in_reward"),
-                    pointwise=_of_log_ratio(k1),  # of the same mean
-                    later=name == "exact_in_reward",
-                    weighted=kind != "none",
-                    analytic=True,
-                )
-            )
     return found
 
 
@@ -169,22 +154,22 @@ def _ours(spec: KLSpec) -> Callable[[Tokens], Coefficients]:
     return coefficients
 
 
-def _exact(off_policy: str, *, in_reward: bool) -> Callable[[Tokens], Coefficients]:
-    """The analytic local part, weighted with the ratios *before* the token; in reward, plus the later exact KLs."""
-    spec = KLSpec(name="k2_as_loss", off_policy=off_policy)
+def _exact(spec: KLSpec) -> Callable[[Tokens], Coefficients]:
+    """What `kl_terms` makes of the exact next-token KLs: the weight of each one's gradient, and of the scores."""
 
     def coefficients(tokens: Tokens) -> Coefficients:
-        behavior = tokens.logp if tokens.behavior_logp is None else tokens.behavior_logp
-        log_rho = torch.where(tokens.mask, tokens.logp - behavior, 0.0)
-        weight, cut = importance_weight(log_rho, tokens.mask, spec)
-        before = torch.ones_like(weight) if off_policy in ("none", "token") else weight
-        if off_policy == "prefix":
-            before = torch.cat([torch.ones_like(weight[:, :1]), weight[:, :-1]], dim=1)
-        later = assign_credit(before * tokens.kl, "to_go") - before * tokens.kl
-        if off_policy == "token":
-            later = weight * later
-        score = later if in_reward else torch.zeros_like(later)
-        return Coefficients(score=score, local=before, weight=weight, cut=cut)
+        with torch.enable_grad():
+            kl = tokens.kl.detach().clone().requires_grad_()
+            terms = kl_terms(
+                spec,
+                logp=tokens.logp,
+                ref_logp=tokens.ref_logp,
+                mask=tokens.mask,
+                behavior_logp=tokens.behavior_logp,
+                exact=ExactKL(value=kl, outside=torch.zeros_like(tokens.mask), of="reverse_kl"),
+            )
+            (local,) = torch.autograd.grad(terms.loss.sum(), kl)
+        return Coefficients(score=terms.score_coefficient, local=local, weight=terms.weight, cut=terms.cut)
 
     return coefficients
 

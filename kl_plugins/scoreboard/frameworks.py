@@ -15,7 +15,7 @@ import types
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,13 +26,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kl_plugins.audit.configurations import Tokens
-from kl_plugins.audit.configurations import _exact as analytic
 from kl_plugins.conformance.subject import Scored, Subject, from_function, from_spec
 from kl_plugins.curves import host_loss
 from kl_plugins.registry import all_losses
 from kl_plugins.spec import KLSpec
-from kl_plugins.terms import assign_credit
 
 UNBOUNDED = (0.0, float("inf"))
 
@@ -101,11 +98,6 @@ def ours() -> list[Entry]:
             if loss.in_reward and credit != "token":
                 kinds.insert(1, {"baseline": "leave_one_out"})
             found += [_own(name, credit, options) for options in kinds]
-    for name in ("exact_as_loss", "exact_in_reward"):  # shown before they are registered, from one formula
-        if name not in all_losses():
-            found += [_analytic(name, kind) for kind in ("token", "prefix")]
-    if "exact_in_reward" not in all_losses():
-        found.insert(-1, _analytic("exact_in_reward", "token", baseline=True))
     return found
 
 
@@ -124,57 +116,6 @@ def _own(name: str, credit: str, options: dict[str, Any]) -> Entry:
         default=not options and credit == spec.loss.default_credit,
         off_policy=spec.off_policy,
     )
-
-
-def _analytic(name: str, off_policy: str, *, baseline: bool = False) -> Entry:
-    """The formula that `kl-plugins audit` has for the exact configurations; gone once they are registered."""
-    coefficients = analytic(off_policy, in_reward=name == "exact_in_reward")
-
-    def gradient(scored: Scored) -> Tensor:
-        assert scored.logits is not None
-        assert scored.ref_logits is not None
-        assert scored.tokens is not None
-        logp, ref_logp = scored.logits.log_softmax(-1), scored.ref_logits.log_softmax(-1)
-        p, u = logp.exp(), logp - ref_logp
-        kl = torch.where(scored.mask, (p * u).sum(-1), 0.0)
-        found = coefficients(
-            Tokens(
-                logp=scored.logp,
-                ref_logp=scored.ref_logp,
-                mask=scored.mask,
-                behavior_logp=scored.behavior_logp,
-                host_behavior_logp=None,
-                kl=kl,
-            )
-        )
-        score = torch.zeros_like(p).scatter_(-1, scored.tokens[..., None], 1.0) - p
-        if baseline:
-            rho = torch.where(scored.mask, (scored.logp - scored.behavior_logp).exp(), 0.0).clamp(max=10)
-            found = replace(found, score=found.score - rho * _others(kl, scored))
-        whole = found.score[..., None] * score + found.local[..., None] * p * (u - kl[..., None])
-        return torch.where(scored.mask[..., None], whole, 0.0)
-
-    credit = "token" if name == "exact_as_loss" else "to_go"
-    credit += ", leave-one-out" if baseline else ""
-    weights = "" if off_policy == "token" else f", {off_policy} weights"
-    subject = Subject(
-        name=f"{name} {credit}{weights}",
-        claims="reverse_kl" if name == "exact_in_reward" else "local_reverse_kl",
-        gradient=gradient,
-        knows_engine=True,
-        grouped=baseline,
-        origin="its formula: not registered yet",
-    )
-    where = "reward" if name == "exact_in_reward" else "loss"
-    return Entry(subject=subject, where=where, default=not weights and not baseline, off_policy=off_policy)
-
-
-def _others(kl: Tensor, scored: Scored) -> Tensor:
-    """(B, T): the mean of the later exact KLs over the other rows of the group that are still going on."""
-    later = (assign_credit(kl, "to_go") - kl).view(-1, scored.group_size, kl.size(-1))
-    going = scored.mask.view_as(later).to(kl.dtype)
-    total, count = ((x.sum(1, keepdim=True) - x) for x in (later * going, going))
-    return (total / count.clamp(min=1)).view_as(kl)
 
 
 def _in_loss(name: str, function: Callable[..., Tensor], origin: str, *, default: bool = False) -> Entry:
@@ -522,8 +463,8 @@ FRAMEWORKS = (
 )
 NOT_INSTALLABLE = {
     "NeMo-RL": "the package index only has an empty placeholder (nemo_rl 0.0.0); it is installed from its repository",
-    "slime": "installed from its repository, with Megatron and SGLang; not on the package index",
-    "ROLL": "installed from its repository; not on the package index",
+    "slime": "a source install with Megatron and SGLang, which was not tried",
+    "ROLL": "a source install, which was not tried",
 }
 
 

@@ -187,15 +187,19 @@ def _ahead(goal: dict[str, Any]) -> str:
     )
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table, what it says, and the goals."""
+def markdown(found: dict[str, Any], *, short: bool = False) -> str:
+    """The table, what it says, and the goals. `short`: only what each does by default, and without some columns."""
+    chosen = [i for i, (name, _) in enumerate(COLUMNS) if not short or i not in (5, 6, 8, 9, 13)]
+    heads = [COLUMNS[i] for i in chosen]
     rows = [
-        "| " + " | ".join(name for name, _ in COLUMNS) + " |",
-        "|" + "|".join("---" if side == "left" else "---:" for _, side in COLUMNS) + "|",
+        "| " + " | ".join(name for name, _ in heads) + " |",
+        "|" + "|".join("---" if side == "left" else "---:" for _, side in heads) + "|",
     ]
     for line in lines(found):
+        if short and not (line.row["default"] if line.ours else "*" in line.said):
+            continue
         said = f"**{line.said}**" if line.ours else line.said
-        rows.append("| " + " | ".join((said, *line.cells)) + " |")
+        rows.append("| " + " | ".join((said, *line.cells)[i] for i in chosen) + " |")
     goals = [f"- {text}" for text in goal_lines(found)]
     return "\n".join([*rows, "", *(f"{text}\n" for text in legend(found)), "Goals, as measured:", "", *goals, ""])
 
@@ -213,7 +217,7 @@ def write_all(found: dict[str, Any], out: Path, *, readme: Path | None = None) -
                 f"--readme {readme}: it must have a line {BEGIN!r} and after it a line {END!r}, once each"
             )
         before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-        written.append(write(readme, f"{before}{BEGIN}\n{text}{END}{after}"))
+        written.append(write(readme, f"{before}{BEGIN}\n{markdown(found, short=True)}{END}{after}"))
     return written
 
 
@@ -265,7 +269,7 @@ def drawn(found: dict[str, Any]) -> str:
 
 def _shown(row: dict[str, Any]) -> bool:
     """Of ours: the defaults, and what leaves no bias on stale samples."""
-    return row["default"] or row["bias"]["stale"]["typical"]["reverse_kl"] == 0
+    return bool(row["default"] or row["bias"]["stale"]["typical"]["reverse_kl"] == 0)
 
 
 def _short(line: Line) -> str:
