@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from kl_plugins.errors import ConfigError, refuse
 from kl_plugins.hosts import installed_version
-from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_run
+from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_kl
 from kl_plugins.options import KLOptions
 from kl_plugins.registry import get_loss
 from kl_plugins.spec import KLSpec
@@ -218,7 +218,7 @@ def _openrlhf_spec(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return options, plan_run(replace(options, kl_allow_biased=True), args).spec, in_reward, []
+            return options, plan_kl(replace(options, kl_allow_biased=True), args).spec, in_reward, []
     except ConfigError as error:
         refused = [_refused(problem, given) for problem in error.args]
     plain = KLOptions(**{name: value for name, value in ours.items() if name in {f.name for f in fields(KLOptions)}})
