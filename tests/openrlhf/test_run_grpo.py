@@ -50,6 +50,7 @@ def test_the_log_line_and_tensorboard_have_the_same_right_numbers(grpo):
 
 
 def test_the_monitor_has_seen_every_token_of_both_ranks(grpo):
+    assert len(grpo.steps) == 2
     for index, step in enumerate(grpo.steps):
         assert step["kl/nonfinite"] == step["kl/ratio_unscored"] == step["kl/engine_unscored"] == 0
         assert step["kl/k1_se"] > 0
