@@ -6,7 +6,7 @@ Each function here takes one of OpenRLHF's and returns what takes its place; `pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,18 +42,9 @@ def make_experience(host: Host) -> Host:
 
     def make(maker: Any, samples_list: list[Any]) -> list[Any]:
         plan = plan_of(maker.args)
+        charging = _charging(without_baseline(plan), samples_list) if isinstance(plan, Plan) else nullcontext()
         references: list[Tensor] = []
-
-        def cost(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
-            samples = samples_list[len(references)]
-            samples.action_log_probs = log_probs  # the behavior policy, where vLLM did not report
-            return token_cost(ours.spec, terms_of(ours, samples, log_probs, log_probs_base))
-
-        with ExitStack() as stack:
-            stack.enter_context(seeing(lambda log_probs, log_probs_base, kl: references.append(log_probs_base)))
-            if isinstance(plan, Plan):
-                ours = without_baseline(plan)
-                stack.enter_context(answering(cost, expected=len(samples_list) if plan.in_reward else 0))
+        with charging, seeing(lambda log_probs, log_probs_base, kl: references.append(log_probs_base)):
             experiences: list[Any] = host(maker, samples_list)
         if plan.in_reward:
             for experience, reference in zip(experiences, references, strict=True):
@@ -187,6 +178,18 @@ def _controller(trainer: Any) -> Controller | None:
         controller = plan.controller.start(float(trainer.args.algo.kl.init_coef))
         trainer.kl_ctl = trainer.experience_maker.kl_ctl = ControlledKL(controller)
     return trainer.kl_ctl.controller  # type: ignore[no-any-return]
+
+
+def _charging(plan: Plan, samples_list: list[Any]) -> AbstractContextManager[None]:
+    """While active, what OpenRLHF asks for is what the plan charges the tokens of one of the samples after another."""
+    samples = iter(samples_list)
+
+    def cost(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
+        batch = next(samples)
+        batch.action_log_probs = log_probs  # the behavior policy, where vLLM did not report
+        return token_cost(plan.spec, terms_of(plan, batch, log_probs, log_probs_base))
+
+    return answering(cost, expected=len(samples_list) if plan.in_reward else 0)
 
 
 def _baselines(plan: Plan, experiences: list[Any]) -> list[Tensor | None]:
