@@ -144,6 +144,14 @@ def monitor_metrics(sums: Tensor) -> dict[str, float]:
     return metrics
 
 
+def coefficient(term: Tensor | None, logp: Tensor, mask: Tensor) -> Tensor | None:
+    """(B, T). The derivative of the host's own KL `term` by its log-probs, through its own float operations."""
+    if term is None or not term.requires_grad or not logp.requires_grad:
+        return None
+    counted = mask.to(term.dtype) if term.shape == mask.shape else torch.ones_like(term)
+    return torch.autograd.grad(term, logp, counted, retain_graph=True, allow_unused=True)[0]
+
+
 def squared_gradient_norms(loss: Tensor, term: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
     """`(2,)`: of the part of `loss` that goes through the KL `term`, and of the rest, with respect to `parameters`.
 

@@ -19,7 +19,9 @@ from kl_plugins.errors import PatchError
 from kl_plugins.leave_out import LeftOut
 from kl_plugins.metrics import OWN_WEIGHTS, SUMS, kl_metrics, kl_sums
 from kl_plugins.openrlhf import worker
+from kl_plugins.openrlhf.monitor import metrics_of, watching
 from kl_plugins.openrlhf.plan import Plan, plan_of
+from kl_plugins.openrlhf.seam import over_ranks, show, token_ids
 from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
 
 Host = Callable[..., Any]
@@ -34,8 +36,11 @@ def compute_approx_kl(host: Host) -> Host:
     def answered(log_probs: Tensor, log_probs_base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         answer = _answer.get()
         if answer is None:
-            return host(log_probs, log_probs_base, *args, **kwargs)  # type: ignore[no-any-return]
-        return answer(log_probs, log_probs_base)
+            kl: Tensor = host(log_probs, log_probs_base, *args, **kwargs)
+        else:
+            kl = answer(log_probs, log_probs_base)
+        show(log_probs, log_probs_base, kl)
+        return kl
 
     return answered
 
@@ -66,10 +71,19 @@ def answering(answer: Callable[[Tensor, Tensor], Tensor], expected: int) -> Iter
 
 
 def training_step(host: Host) -> Host:
-    """`ActorPPOTrainer.training_step`, with the KL of the plan in its loss, or (in the reward) in its advantages."""
+    """`ActorPPOTrainer.training_step`, with the KL of the plan in its loss, or (in the reward) in its advantages.
+
+    Watched, if the plan says so.
+    """
 
     def step(trainer: Any, experience: Any, kl_ctl: float, *args: Any, **kwargs: Any) -> Any:
+        with watching(trainer, experience):
+            return planned(trainer, experience, kl_ctl, *args, **kwargs)
+
+    def planned(trainer: Any, experience: Any, kl_ctl: float, *args: Any, **kwargs: Any) -> Any:
         plan = plan_of(trainer.args)
+        if not isinstance(plan, Plan):
+            return host(trainer, experience, kl_ctl, *args, **kwargs)
         beta = float(kl_ctl)
         if plan.in_reward:
             with _advantages_of_now(trainer, plan, experience, beta), answering(_unexpected, expected=0):
@@ -90,9 +104,13 @@ def ppo_train(host: Host) -> Host:
     """`ActorPPOTrainer.ppo_train`, whose result, which OpenRLHF logs, gets the `kl/*` numbers of all its steps."""
 
     def train(trainer: Any, kl_ctl: float) -> dict[str, Any]:
-        trainer.kl_plugins_sums = None
+        plan = plan_of(trainer.args)
+        trainer.kl_plugins_sums = trainer.kl_plugins_monitored = None
         status: dict[str, Any] = host(trainer, kl_ctl)
-        status.update(_metrics(trainer, float(kl_ctl)))
+        if plan.monitor:
+            status.update(metrics_of(trainer))
+        if isinstance(plan, Plan):  # whose numbers go before those of the same name
+            status.update(_metrics(trainer, float(kl_ctl)))
         worker.report()
         return status
 
@@ -121,16 +139,10 @@ def left_out_of(plan: Plan, experience: Any) -> dict[str, Any]:
     """The masks of what the plan leaves out of the KL, (B, T) each; empty if nothing is left out."""
     if plan.left_out == LeftOut() and not plan.leave_out_equal_rewards:
         return {}
-    mask, token_ids = experience.action_mask, experience.sequences[:, 1:]
-    if token_ids.shape != mask.shape:
-        raise PatchError(
-            f"OpenRLHF's action mask was expected to have a place for every token but the first, found "
-            f"{tuple(mask.shape)} for sequences of {tuple(experience.sequences.shape)}: install a tested version"
-        )
-    rows = None
+    mask, rows = experience.action_mask, None
     if plan.leave_out_equal_rewards:
         rows = _from_info(experience, EQUAL_REWARDS).to(mask.device)
-    return plan.left_out.masks(token_ids, mask, rows)
+    return plan.left_out.masks(token_ids(experience), mask, rows)
 
 
 @contextmanager
@@ -204,11 +216,7 @@ def _metrics(trainer: Any, beta: float) -> dict[str, Any]:
 
     And, for `experience.train_step`, the sums that they were made of.
     """
-    # A rank without a step takes part in the reductions all the same: the others wait for it.
-    sums, largest = trainer.kl_plugins_sums or (torch.zeros(len(SUMS)), torch.zeros(()))
-    copies = trainer.args.ds.ring_attn_size * trainer.args.ds.tensor_parallel_size  # ranks that hold the same rows
-    sums = trainer.strategy.all_reduce(sums.clone(), op="sum") / copies
-    largest = trainer.strategy.all_reduce(largest.clone(), op="max")
+    sums, largest = over_ranks(trainer, *(trainer.kl_plugins_sums or (torch.zeros(len(SUMS)), torch.zeros(()))))
     if not sums.any():
         return {}
     metrics: dict[str, Any] = dict(kl_metrics(sums, weight_max=largest, beta=beta))

@@ -17,7 +17,7 @@ from typing import Any
 
 from kl_plugins.errors import ConfigError, PatchError
 from kl_plugins.openrlhf import worker
-from kl_plugins.openrlhf.plan import OpenRLHFOptions, Plan, plan_run
+from kl_plugins.openrlhf.plan import OpenRLHFOptions, Plan, RunPlan, plan_run
 from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import ALLOW_UNTESTED, check, untested_allowed
 
@@ -28,7 +28,7 @@ RAY_HOOK = "RAY_RUNTIME_ENV_HOOK"
 OPTIONS = "KL_PLUGINS_OPENRLHF"
 CHAINED_HOOK = "KL_PLUGINS_CHAINED_HOOK"
 
-_plan: Plan | None = None
+_plan: RunPlan | None = None
 _options: OpenRLHFOptions | None = None
 _dry_run = False
 
@@ -69,7 +69,7 @@ def launch(options: OpenRLHFOptions, flags: Sequence[str], *, dry_run: bool = Fa
         ray.init = ray_init
 
 
-def prepare(options: OpenRLHFOptions, args: Any) -> Plan:
+def prepare(options: OpenRLHFOptions, args: Any) -> RunPlan:
     """For scripts that call OpenRLHF's `train(args)` themselves: call this before. Raises as `launch` does."""
     global _plan
     check(load_patches("openrlhf"), allow_untested=untested_allowed())
@@ -136,18 +136,29 @@ def options_from_words(words: str) -> OpenRLHFOptions:
     return OpenRLHFOptions(**{name: value for name, value in context.params.items() if name.startswith("kl")})
 
 
-def describe(plan: Plan) -> str:
-    """What is computed, where, whose gradient it is, and what was let through although it biases it."""
+def describe(plan: RunPlan) -> str:
+    """What is computed, where, whose gradient it is, what was let through although it biases it; what is watched."""
+    lines = _what_is_computed(plan) if isinstance(plan, Plan) else ["OpenRLHF's own KL stays as it is"]
+    if plan.monitor:
+        lines.append(f"watched: the KL in the {_where(plan)}; its numbers are logged as kl/*")
+        lines.append("no kl/gradient_ratio: DeepSpeed splits or gathers the gradients in its own backward pass")
+        lines += ["no kl/dead: the KL is in the reward, not in the loss"] if plan.in_reward else []
+    return "\n".join(f"[kl_plugins {plan.version}] {line}" for line in lines)
+
+
+def _where(plan: RunPlan) -> str:
+    return "reward" if plan.in_reward else "loss"
+
+
+def _what_is_computed(plan: Plan) -> list[str]:
     spec = plan.spec
-    where = "reward" if plan.in_reward else "loss"
     how = "OpenRLHF's own ratio and clip" if plan.in_reward else f"off_policy={spec.off_policy}"
     biased = " (allowed by kl_allow_biased)" if spec.gradient_of in ("zero", "biased") else ""
-    lines = [
-        f"{spec.name} in the {where}: credit={spec.credit}, {how}, baseline={spec.baseline}",
+    return [
+        f"{spec.name} in the {_where(plan)}: credit={spec.credit}, {how}, baseline={spec.baseline}",
         f"expected gradient: {spec.gradient_of}{biased}",
         *(f"BIASED (allowed by kl_allow_biased): {problem}" for problem in plan.waived),
     ]
-    return "\n".join(f"[kl_plugins {plan.version}] {line}" for line in lines)
 
 
 def _chained(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ Each function here takes one of OpenRLHF's and returns what takes its place; `pa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from kl_plugins.openrlhf.actor import (
     without_baseline,
 )
 from kl_plugins.openrlhf.plan import Plan, plan_of
+from kl_plugins.openrlhf.seam import seeing
 from kl_plugins.terms import leave_one_out_baseline
 
 
@@ -35,20 +37,14 @@ def make_experience(host: Host) -> Host:
     """`RemoteExperienceMaker.make_experience`: its per-token KL, a negative reward, is that of the plan.
 
     (B, T), unclamped, 0 at masked positions. OpenRLHF sums it from each token on (`credit="to_go"`), for GAE through
-    the critic. The reference's log-probs stay with the experience.
+    the critic. The reference's log-probs stay with the experience, also those of OpenRLHF's own KL in the reward.
     """
 
     def make(maker: Any, samples_list: list[Any]) -> list[Any]:
-        plan = without_baseline(plan_of(maker.args))
+        plan = plan_of(maker.args)
+        charging = _charging(without_baseline(plan), samples_list) if isinstance(plan, Plan) else nullcontext()
         references: list[Tensor] = []
-
-        def cost(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
-            samples = samples_list[len(references)]
-            references.append(log_probs_base)
-            samples.action_log_probs = log_probs  # the behavior policy, where vLLM did not report
-            return token_cost(plan.spec, terms_of(plan, samples, log_probs, log_probs_base))
-
-        with answering(cost, expected=len(samples_list) if plan.in_reward else 0):
+        with charging, seeing(lambda log_probs, log_probs_base, kl: references.append(log_probs_base)):
             experiences: list[Any] = host(maker, samples_list)
         if plan.in_reward:
             for experience, reference in zip(experiences, references, strict=True):
@@ -68,6 +64,8 @@ def compute_advantages_and_returns(host: Host) -> Host:
     def compute(maker: Any, experiences: list[Any]) -> list[Any]:
         plan = plan_of(maker.args)
         experiences = host(maker, experiences)
+        if not isinstance(plan, Plan):
+            return experiences
         if plan.leave_out_equal_rewards:
             _mark_equal_rewards(plan, experiences)
         baselines = _baselines(plan, experiences)
@@ -94,8 +92,9 @@ def dispatch_prompts(host: Host) -> Host:
     """
 
     def dispatch(generator: Any, prompts: list[str], labels: list[str], **kwargs: Any) -> Any:
-        plan_of(generator.args)
-        references = host(generator, prompts, labels, **{"min_new_tokens": 0, **kwargs})
+        if isinstance(plan_of(generator.args), Plan):
+            kwargs = {"min_new_tokens": 0, **kwargs}
+        references = host(generator, prompts, labels, **kwargs)
         worker.report()
         return references
 
@@ -173,12 +172,24 @@ class ControlledKL:
 def _controller(trainer: Any) -> Controller | None:
     """Our controller of this run, put into the trainer at first; None if OpenRLHF keeps its own."""
     plan = plan_of(trainer.args)
-    if plan.controller.kl_controller == "fixed":
+    if not isinstance(plan, Plan) or plan.controller.kl_controller == "fixed":
         return None
     if not isinstance(trainer.kl_ctl, ControlledKL):
         controller = plan.controller.start(float(trainer.args.algo.kl.init_coef))
         trainer.kl_ctl = trainer.experience_maker.kl_ctl = ControlledKL(controller)
     return trainer.kl_ctl.controller  # type: ignore[no-any-return]
+
+
+def _charging(plan: Plan, samples_list: list[Any]) -> AbstractContextManager[None]:
+    """While active, what OpenRLHF asks for is what the plan charges the tokens of one of the samples after another."""
+    samples = iter(samples_list)
+
+    def cost(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
+        batch = next(samples)
+        batch.action_log_probs = log_probs  # the behavior policy, where vLLM did not report
+        return token_cost(plan.spec, terms_of(plan, batch, log_probs, log_probs_base))
+
+    return answering(cost, expected=len(samples_list) if plan.in_reward else 0)
 
 
 def _baselines(plan: Plan, experiences: list[Any]) -> list[Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import kl_plugins
@@ -37,18 +37,31 @@ class OpenRLHFOptions(KLOptions):
     kl_baseline: str | None = option(
         "auto", "leave_one_out, none, or auto: leave_one_out for the in-reward configurations of group estimators."
     )
+    kl_monitor: bool = option(
+        False, "Log what the KL does (README, `Watching any trainer`): that of --kl or, without it, OpenRLHF's own."
+    )
 
     def __post_init__(self) -> None:
         self._none_from_words()
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The checked configuration of a run. It travels to every process as `args.kl_plugins`."""
+class RunPlan:
+    """What every run has, also one whose KL stays OpenRLHF's own. It travels to every process as `args.kl_plugins`."""
+
+    in_reward: bool
+    """Whether the KL is a per-token reward (ours: `k1_in_reward` by default) instead of a term of the loss."""
+    monitor: bool
+    """Whether it is watched; see `monitor`."""
+    version: str
+    """The version of kl_plugins that made it."""
+
+
+@dataclass(frozen=True)
+class Plan(RunPlan):
+    """The checked configuration of a run with a KL of ours."""
 
     spec: KLSpec
-    in_reward: bool
-    """Whether the term is a per-token reward (`k1_in_reward` by default) instead of a term of the loss."""
     discount: float
     """What one position is discounted with between a reward and the advantage that it reaches (gamma, for GAE gamma *
     lambda)."""
@@ -64,12 +77,19 @@ class Plan:
     """Whether groups of equal rewards have no KL."""
     waived: tuple[str, ...]
     """What is wrong with the run, but was let through by `kl_allow_biased`."""
-    version: str
-    """The version of kl_plugins that made it."""
 
 
-def plan_run(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True) -> Plan:
-    """Check `options` against OpenRLHF's parsed (hierarchical) `args`, set its KL flags, and put the plan into them.
+def plan_run(options: OpenRLHFOptions, args: Any) -> RunPlan:
+    """Check `options` against OpenRLHF's parsed (hierarchical) `args`, and put the plan into them.
+
+    With a KL (`options.kl`) it is a `Plan`, and OpenRLHF's KL flags are set to fit. Raises as `plan_kl` does.
+    """
+    args.kl_plugins = plan = _plan_watched(options, args) if options.kl is None else plan_kl(options, args)
+    return plan
+
+
+def plan_kl(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True) -> Plan:
+    """The plan of a run with the KL `options.kl`; `args` get OpenRLHF's KL flags that fit.
 
     Sets `algo.kl.use_loss`, and `algo.kl.estimator` to a name that OpenRLHF's own estimator refuses, so that a process
     that isn't hooked stops the run instead of training with another KL. `resolve_tokens=False` loads no tokenizer, to
@@ -79,11 +99,9 @@ def plan_run(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True
         `ConfigError`: an option or a flag that can't be what was meant, all of them at once.
         `UnknownLossError`: nobody registered `options.kl`.
     """
-    if options.kl is None:
-        raise ConfigError("no KL was named: give one, e.g. --kl k2_as_loss, or start OpenRLHF itself")
-    loss = get_loss(options.kl)
+    loss = get_loss(str(options.kl))
     in_reward = options.kl_placement == "reward" or (options.kl_placement == "auto" and loss.in_reward)
-    refuse(distribution_problems(options.kl, "OpenRLHF's actor"))
+    refuse(distribution_problems(loss.name, "OpenRLHF's actor"))
     problems = _placement_problems(options, loss.in_reward, in_reward)
     spec = None
     try:
@@ -102,6 +120,7 @@ def plan_run(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True
     plan = Plan(
         spec=spec,
         in_reward=in_reward,
+        monitor=options.kl_monitor,
         discount=_gamma(args) * lambd,
         normalized=advantage.estimator in _NORMALIZING and not advantage.no_std_norm,
         group_size=args.rollout.n_samples_per_prompt,
@@ -114,11 +133,35 @@ def plan_run(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True
     args.algo.kl.use_loss = not in_reward
     args.algo.kl.unbiased_gradient = False
     args.algo.kl.estimator = f"kl_plugins:{options.kl}"
-    args.kl_plugins = plan
     return plan
 
 
-def plan_of(args: Any) -> Plan:
+def _plan_watched(options: OpenRLHFOptions, args: Any) -> RunPlan:
+    """The plan of a run whose KL stays OpenRLHF's own, as do its flags."""
+    if not options.kl_monitor:
+        raise ConfigError(
+            "no KL was named: give one, e.g. --kl k2_as_loss, or --kl-monitor to watch OpenRLHF's own, or start "
+            "OpenRLHF itself"
+        )
+    defaults = {f.name: f.metadata["default"] for f in fields(options)} | {"kl_monitor": True}
+    problems = [
+        f"{name}={getattr(options, name)!r}, but no KL was named, and kl_monitor leaves OpenRLHF's own as it is: "
+        "name one, e.g. --kl k2_as_loss, or leave the option out"
+        for name, default in defaults.items()
+        if getattr(options, name) != default
+    ]
+    if not args.algo.kl.init_coef > 0:
+        problems.append(
+            f"--algo.kl.init_coef {args.algo.kl.init_coef} with kl_monitor: OpenRLHF loads no reference then, and "
+            "there is no KL to watch; with --algo.kl.init_coef 1e-30 it is loaded and scored, and the KL that this "
+            "adds is too small to change anything"
+        )
+    refuse(problems)
+    _warn(args)
+    return RunPlan(in_reward=not args.algo.kl.use_loss, monitor=True, version=kl_plugins.__version__)
+
+
+def plan_of(args: Any) -> RunPlan:
     """The plan that came with a run's arguments. `PatchError` if none did: then the driver was never told."""
     plan = getattr(args, "kl_plugins", None)
     if plan is None:

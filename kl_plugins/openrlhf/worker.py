@@ -14,7 +14,7 @@ from io import StringIO
 from typing import Any
 
 from kl_plugins.errors import PatchError
-from kl_plugins.openrlhf.plan import Plan
+from kl_plugins.openrlhf.plan import Plan, RunPlan
 from kl_plugins.patchfile import load_patches
 from kl_plugins.patching import Patching, untested_allowed
 
@@ -80,7 +80,7 @@ def reports() -> list[dict[str, Any]]:
     return [json.loads(_internal_kv_get(key, namespace=_NAMESPACE)) for key in sorted(keys)]
 
 
-def require_proof(plan: Plan, *, actors: int) -> None:
+def require_proof(plan: RunPlan, *, actors: int) -> None:
     """Print who computed a KL. `PatchError` if one that should have never called ours."""
     found = reports()
     table = proof_table(found)
@@ -90,23 +90,24 @@ def require_proof(plan: Plan, *, actors: int) -> None:
     print(table, flush=True)
 
 
-def missing_proof(found: Iterable[dict[str, Any]], plan: Plan, *, actors: int) -> list[str]:
+def missing_proof(found: Iterable[dict[str, Any]], plan: RunPlan, *, actors: int) -> list[str]:
     """What should have been called in some process, and wasn't."""
     needed = {
         f"{_ACTOR}:ActorPPOTrainer.training_step": actors,
         f"{_ACTOR}:compute_approx_kl": 0 if plan.in_reward else actors,
         f"{_EXPERIENCE}:compute_approx_kl": 1 if plan.in_reward else 0,
-        f"{_SAMPLES}:SamplesGenerator._dispatch_prompts_to_vllm": 1,
+        f"{_SAMPLES}:SamplesGenerator._dispatch_prompts_to_vllm": int(isinstance(plan, Plan)),
     }
     bindings = [binding for process in found for binding in process["bindings"]]
+    asked = "trains without the KL that was asked for" if isinstance(plan, Plan) else "isn't watched"
     problems = []
     for target, processes in needed.items():
         called = sum(b["target"] == target and b["bound"] and b["calls"] > 0 for b in bindings)
         if called < processes:
             problems.append(
                 f"after the first step, {target} of kl_plugins should have been called in {processes} "
-                f"process{'es' * (processes > 1)}, found {called}: part of the run trains without the KL that was "
-                "asked for; is the same kl_plugins installed on every node?"
+                f"process{'es' * (processes > 1)}, found {called}: part of the run {asked}; is the "
+                "same kl_plugins installed on every node?"
             )
     return problems
 

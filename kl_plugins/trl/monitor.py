@@ -17,12 +17,18 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from kl_plugins.errors import refuse
-from kl_plugins.monitor import merged, monitor_metrics, monitor_sums, nothing_seen, squared_gradient_norms
+from kl_plugins.monitor import (
+    coefficient,
+    merged,
+    monitor_metrics,
+    monitor_sums,
+    nothing_seen,
+    squared_gradient_norms,
+)
 from kl_plugins.trl.seam import HostBeta
 from kl_plugins.trl.trainer import completion_mask
 from kl_plugins.trl.watched import (
     check,
-    coefficient,
     is_ours,
     is_rloo,
     missing,

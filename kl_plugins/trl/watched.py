@@ -135,11 +135,3 @@ def without_adapters(trainer: Any) -> Iterator[Any]:
     finally:
         for module in training:
             module.training = True
-
-
-def coefficient(term: Tensor | None, logp: Tensor, mask: Tensor) -> Tensor | None:
-    """(B, T). The derivative of the trainer's own KL term by its log-probs, through its own float operations."""
-    if term is None or not term.requires_grad or not logp.requires_grad:
-        return None
-    counted = mask.to(term.dtype) if term.shape == mask.shape else torch.ones_like(term)
-    return torch.autograd.grad(term, logp, counted, retain_graph=True, allow_unused=True)[0]

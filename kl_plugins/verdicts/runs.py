@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from kl_plugins.errors import ConfigError, refuse
 from kl_plugins.hosts import installed_version
-from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_run
+from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_kl
 from kl_plugins.options import LEAVE_OUT_OPTIONS, KLOptions, ReferenceOptions
 from kl_plugins.registry import distribution_problems, get_loss
 from kl_plugins.spec import KLSpec
@@ -235,7 +235,7 @@ def _openrlhf_spec(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plan = plan_run(replace(options, kl_allow_biased=True), args, resolve_tokens=False)
+            plan = plan_kl(replace(options, kl_allow_biased=True), args, resolve_tokens=False)
             return options, plan.spec, in_reward, []
     except ConfigError as error:
         refused = [_refused(problem, given) for problem in error.args]

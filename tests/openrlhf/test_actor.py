@@ -15,6 +15,7 @@ from tiny_openrlhf import (
     made_up,
     parse,
     step,
+    train,
 )
 
 from kl_plugins import KLSpec, PatchError
@@ -97,16 +98,6 @@ def test_dead_zone_the_hooked_gradient_is_right_where_the_hosts_is_zero(make_act
     wanted = gradients(trainer)
     assert wanted.norm() > 0
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
-
-
-def train(trainer, args, batch):
-    """A real `ppo_train` on the rows of `batch`."""
-    batch.total_length = batch.attention_mask.sum(-1)
-    args.rollout.batch_size = ROWS // 4
-    trainer.replay_buffer.clear()
-    trainer.replay_buffer.packing_samples = False
-    trainer.replay_buffer.append(batch)
-    return trainer.ppo_train(0.1)
 
 
 @pytest.mark.parametrize("flags", [(), ("--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "40")], ids=str)

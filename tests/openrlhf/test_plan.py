@@ -165,6 +165,16 @@ class TestByEnvironment:
         assert envs[0]["env_vars"]["NCCL_DEBUG"] == "WARN"  # OpenRLHF's own
         assert "k2_as_loss in the loss" in capsys.readouterr().out
 
+    def test_openrlhfs_own_kl_is_watched_and_nothing_set(self, hook, monkeypatch, capsys):
+        monkeypatch.setenv(driver.OPTIONS, "--kl-monitor")
+        args = parse(*FLAGS, *GRPO, at_ray_init=lambda options: hook(options["runtime_env"]))
+        assert (args.kl_plugins.in_reward, args.kl_plugins.monitor) == (True, True)
+        assert (args.algo.kl.use_loss, args.algo.kl.estimator) == (False, "k1")
+        said = capsys.readouterr().out
+        assert "OpenRLHF's own KL stays as it is" in said
+        assert "watched: the KL in the reward" in said
+        assert "no kl/dead" in said
+
     def test_what_was_waived_is_said(self, hook, monkeypatch, capsys):
         monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss --kl-allow-biased")
         flags = ("--rollout.top_p", "0.9", "--train.async_enable")
@@ -284,12 +294,23 @@ class TestLauncher:
         result, started = launch("--kl", "k1_in_reward", "--dry-run", "--", *FLAGS, *GRPO)
         assert (result.exit_code, started) == (0, [])
         assert "expected gradient: reverse_kl" in result.output
+        assert "watched" not in result.output
+
+    @pytest.mark.parametrize("kl", [("--kl", "k2_as_loss"), ()], ids=["ours", "stock"])
+    def test_the_monitor_is_said_to_be_there(self, launch, kl):
+        result, _ = launch(*kl, "--kl-monitor", "--dry-run", "--", *FLAGS, *GRPO, "--algo.kl.use_loss")
+        assert result.exit_code == 0
+        assert "watched: the KL in the loss" in result.output
+        assert ("expected gradient: local_reverse_kl" in result.output) is bool(kl)
+        assert ("OpenRLHF's own KL stays as it is" in result.output) is not bool(kl)
 
     @pytest.mark.parametrize(
         ("words", "message"),
         [
             (("--kl", "k1_as_loss", "--", *FLAGS, *GRPO), "expected gradient is zero"),
             (("--kl", "k2_as_los", "--", *FLAGS, *GRPO), "k2_as_loss"),
+            (("--kl-monitor", "--kl-clip", "separate", "--", *FLAGS, *GRPO), "but no KL was named"),
+            (("--kl-monitor", "--", *FLAGS, *GRPO, "--algo.kl.init_coef", "0"), "--algo.kl.init_coef 1e-30"),
             (("--kl", "k2_as_loss", "--", *FLAGS, *GRPO, "--algo.kl.estimator", "k3"), "leave it out"),
             (("--kl", "k2_as_loss", *FLAGS), "-- OPENRLHF_FLAGS"),
             (("--kl", "k2_as_loss", "--kl-off-polcy", "token", "--"), "No such option"),

@@ -14,6 +14,7 @@ def grpo(tmp_path_factory, model_folder):
     two_ranks = ("--actor.num_gpus_per_node", "2", "--ref.num_gpus_per_node", "2")
     dynamic = ("--train.dynamic_batch_enable", "--ds.packing_samples", "--train.max_tokens_per_gpu", "64")
     kl = ("--kl", "k2_as_loss", "--kl-off-policy", "token", "--kl-controller", "proportional", "--kl-target", "1e-6")
+    kl = (*kl, "--kl-monitor")
     return run(folder, model_folder, "grpo", *kl, flags=(*two_ranks, *dynamic))
 
 
@@ -21,6 +22,7 @@ def test_it_ends_well_and_says_what_it_does(grpo):
     assert grpo.returncode == 0, grpo.output[-3000:]
     assert "k2_as_loss in the loss: credit=token, off_policy=token" in grpo.output
     assert "expected gradient: local_reverse_kl" in grpo.output
+    assert "watched: the KL in the loss" in grpo.output
 
 
 def test_every_process_proves_itself(grpo):
@@ -45,3 +47,19 @@ def test_the_log_line_and_tensorboard_have_the_same_right_numbers(grpo):
         assert step["kl/k2"] > 0
         for name in ("kl/k1", "kl/k2", "kl/k3", "kl/ess", "kl/loss"):
             assert grpo.tensorboard[f"train/{name}"][index] == pytest.approx(step[name], rel=1e-5)
+
+
+def test_the_monitor_has_seen_every_token_of_both_ranks(grpo):
+    assert len(grpo.steps) == 2
+    for index, step in enumerate(grpo.steps):
+        assert step["kl/nonfinite"] == step["kl/ratio_unscored"] == step["kl/engine_unscored"] == 0
+        assert step["kl/k1_se"] > 0
+        assert 0 < step["kl/ratio_ess"] <= 1 < step["kl/ratio_max"]
+        assert 0 < step["kl/engine_gap"] <= step["kl/engine_gap_max"]
+        assert step["kl/dead"] == 0
+        assert step["kl/dead_at_10/k2"] == 0
+        for name in ("sequence", "position/0", "position/1-3", "position/4-15", "class/text", "class/eos"):
+            assert step[f"kl/{name}_se"] >= 0
+            assert grpo.tensorboard[f"train/kl/{name}"][index] == pytest.approx(step[f"kl/{name}"], rel=1e-5)
+        # Every completion has a first token, and a sequence is its tokens.
+        assert abs(step["kl/sequence"]) > abs(step["kl/k1"])

@@ -233,3 +233,13 @@ def expected_kl_gradient(trainer, batch, spec, beta=0.1):
     )
     (beta * terms.loss.sum() / batch.action_mask.sum()).backward()
     return gradients(trainer)
+
+
+def train(trainer, args, batch):
+    """A real `ppo_train` on the rows of `batch`."""
+    batch.total_length = batch.attention_mask.sum(-1)
+    args.rollout.batch_size = ROWS // 4
+    trainer.replay_buffer.clear()
+    trainer.replay_buffer.packing_samples = False
+    trainer.replay_buffer.append(batch)
+    return trainer.ppo_train(0.1)

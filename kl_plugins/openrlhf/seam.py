@@ -1,0 +1,53 @@
+"""What several modules read off OpenRLHF's training: its tokens, its ranks, and each KL that it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+from kl_plugins.errors import PatchError
+
+# Called with (log_probs, log_probs_base, kl), each (B, T).
+See = Callable[[Tensor, Tensor, Tensor], None]
+
+_see: ContextVar[See | None] = ContextVar("kl_plugins_see", default=None)
+
+
+@contextmanager
+def seeing(see: See) -> Iterator[None]:
+    """While active, `see` is called with each KL that is computed in OpenRLHF's training, by it or by us."""
+    token = _see.set(see)
+    try:
+        yield
+    finally:
+        _see.reset(token)
+
+
+def show(log_probs: Tensor, log_probs_base: Tensor, kl: Tensor) -> None:
+    """Let who is `seeing` see this KL."""
+    see = _see.get()
+    if see is not None:
+        see(log_probs, log_probs_base, kl)
+
+
+def token_ids(experience: Any) -> Tensor:
+    """(B, T). The tokens that the action mask and all log-probs are about: all but the first."""
+    ids: Tensor = experience.sequences[:, 1:]
+    mask = experience.action_mask
+    if ids.shape != mask.shape:
+        raise PatchError(
+            f"OpenRLHF's action mask was expected to have a place for every token but the first, found "
+            f"{tuple(mask.shape)} for sequences of {tuple(experience.sequences.shape)}: install a tested version"
+        )
+    return ids
+
+
+def over_ranks(trainer: Any, sums: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and maxima over all ranks. A rank without a step calls it all the same: the others wait for it."""
+    copies = trainer.args.ds.ring_attn_size * trainer.args.ds.tensor_parallel_size  # ranks that hold the same rows
+    sums = trainer.strategy.all_reduce(sums.clone(), op="sum") / copies
+    return sums, trainer.strategy.all_reduce(largest.clone(), op="max")
