@@ -9,8 +9,9 @@ import torch
 from openrlhf_run import run, run_stock
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(700)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(1500)]
 
+HOOK = "kl_plugins.openrlhf.driver.runtime_env_hook"
 # Completions that depend on how many came before and nothing else: what vLLM draws depends on which requests meet in a
 # batch, and OpenRLHF shuffles the prompts without a seed, so all are the same one.
 AGENT = """
@@ -43,9 +44,9 @@ DETERMINISTIC = (
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, model_folder):
-    ours, theirs = (tmp_path_factory.mktemp(name) for name in ("hooked", "stock"))
-    for folder in (ours, theirs):
+def runs(tmp_path_factory, model_folder):
+    ours, theirs, seen = (tmp_path_factory.mktemp(name) for name in ("hooked", "stock", "watched"))
+    for folder in (ours, theirs, seen):
         (folder / "agent.py").write_text(AGENT)
         (folder / "same.jsonl").write_text('{"input": "4+5=", "label": "9"}\n' * 4)
 
@@ -61,7 +62,9 @@ def pair(tmp_path_factory, model_folder):
     hooked = run(ours, model_folder, "grpo", "--kl", "k2_as_loss", flags=flags(ours), OPENRLHF_CPU_FP32="1")
     own = ("--algo.kl.use_loss", "--algo.kl.estimator", "k2", "--algo.kl.unbiased_gradient")
     stock = run_stock(theirs, model_folder, "grpo", flags=(*flags(theirs), *own), OPENRLHF_CPU_FP32="1")
-    return hooked, stock
+    hook = {"RAY_RUNTIME_ENV_HOOK": HOOK, "KL_PLUGINS_OPENRLHF": "--kl-monitor"}
+    watched = run_stock(seen, model_folder, "grpo", flags=(*flags(seen), *own), OPENRLHF_CPU_FP32="1", **hook)
+    return hooked, stock, watched
 
 
 def weights(folder):
@@ -69,8 +72,8 @@ def weights(folder):
     return torch.cat([state[name].float().flatten() for name in sorted(state)])
 
 
-def test_the_parameters_are_those_of_the_unhooked_host(pair, model_folder, tmp_path):
-    hooked, stock = pair
+def test_the_parameters_are_those_of_the_unhooked_host(runs, model_folder):
+    hooked, stock, _ = runs
     assert (hooked.returncode, stock.returncode) == (0, 0), (hooked.output + stock.output)[-3000:]
     assert len(hooked.proof()) > 0
     assert len(stock.proof()) == 0
@@ -80,3 +83,15 @@ def test_the_parameters_are_those_of_the_unhooked_host(pair, model_folder, tmp_p
     moved = (wanted - weights(Path(model_folder))).norm()
     assert moved > 0.01
     assert (found - wanted).norm() < 1e-5 * moved
+
+
+def test_a_watched_run_is_the_unhooked_one_bit_for_bit(runs):
+    _, stock, watched = runs
+    assert watched.returncode == 0, watched.output[-3000:]
+    assert torch.equal(weights(watched.folder / "model"), weights(stock.folder / "model"))
+    assert len(watched.proof()) > 0
+    assert len(watched.steps) == len(stock.steps) > 0
+    for step, own in zip(watched.steps, stock.steps, strict=True):
+        assert step["policy_loss"] == own["policy_loss"]
+        assert {"kl/k1_se", "kl/position/0", "kl/class/text", "kl/dead", "kl/ratio_ess"} <= step.keys()
+        assert step["kl/dead"] == 0  # unbiased_gradient has no clamp
