@@ -64,6 +64,15 @@ results["start"] = parameters(trained)
 trained.train()
 results["trained"] = parameters(trained)
 results["controller"] = trained.kl_controller.state_dict()
+for name, options in {
+    "exact": {"kl": "exact_in_reward", "kl_baseline": "leave_one_out"},
+    "left_out": {"kl": "k1_in_reward", "kl_leave_out": ["eos"], "kl_leave_out_equal_rewards": True},
+    "moving": {"kl": "k2_as_loss", "kl_reference_every": 1, "kl_reference_decay": 0.5},
+}.items():
+    trained = trainer_of(GRPOTrainer, GRPOConfig, **options)
+    trained.train()
+    moved = trained.ref_model.parameters() if name == "moving" else ()
+    results[f"trained {name}"] = torch.cat([parameters(trained), *(p.detach().flatten() for p in moved)])
 torch.save(results, f"{out}.{rank}")
 dist.barrier()
 dist.destroy_process_group()

@@ -55,3 +55,13 @@ def test_training_in_two_processes(results):
     one, two = (results[2][rank]["controller"] for rank in (0, 1))
     assert one == two  # bit for bit
     assert one["beta"] != ARGUMENTS["beta"]
+
+
+@pytest.mark.parametrize("name", ["exact", "left_out", "moving"])
+def test_ranks_agree(results, name):
+    """Also on the reference that moves. Its gradient flows past DDP's own forward pass, into the LM head, if exact."""
+    first, second = (results[2][rank][f"trained {name}"] for rank in (0, 1))
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    start = results[2][0]["start"]
+    assert (first[: len(start)] - start).abs().max() > 1e-4
