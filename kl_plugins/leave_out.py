@@ -47,7 +47,8 @@ def left_out(words: Sequence[str | int], *, tokenizer: Any, eos_token_id: int | 
     """`kl_leave_out` for a tokenizer (Hugging Face's).
 
     Each is `"eos"` (every token that ends a completion), `"special"` (the tokenizer's special tokens, those of its
-    chat template among them), `"first"`, a token's id, or its text. Raises `ConfigError` for what is no single token.
+    chat template among them), `"first"`, or a token's id or text (`"id:5"`, `"text:5"` where it may be both). Raises
+    `ConfigError` for what is no single token.
     """
     ids: set[int] = set()
     problems: list[str] = []
@@ -84,22 +85,30 @@ def token_classes(tokenizer: Any, eos_token_id: int | Collection[int] | None) ->
 
 
 def equal_reward_rows(rewards: Tensor, group_size: int) -> Tensor:
-    """(B,) bool: rows whose whole group (consecutive rows) has the same rewards; (B,) or (B, functions), NaN is none.
+    """(B,) bool: rows whose whole group (consecutive rows) has the same rewards, up to float32's rounding.
 
-    Equal means equal, bit for bit: no tolerance decides what a difference in reward is.
+    `rewards` is (B,) or (B, functions), NaN where a function gave none. A group of one is never left out.
     """
-    groups = rewards.reshape(-1, group_size, *rewards.shape[1:]).nan_to_num(nan=float("inf"))
-    equal = (groups == groups[:, :1]).flatten(1).all(-1)
-    return equal.repeat_interleave(group_size)
+    groups = rewards.reshape(-1, group_size, rewards[:1].numel()).double()
+    some = groups.nan_to_num(nan=0.0)
+    close = some.amax(1) - some.amin(1) <= 1e-6 * some.abs().amax(1).clamp(min=1)
+    equal = close & (groups.isnan() == groups[:, :1].isnan()).all(1)
+    return (equal.all(-1) & (group_size > 1)).repeat_interleave(group_size)
 
 
 def _token_id(word: str | int, tokenizer: Any) -> int:
-    text = str(word)
-    if text.lstrip("-").isdigit():
-        if not 0 <= int(text) < len(tokenizer):
-            raise ConfigError(f"kl_leave_out has the token id {text}, but the tokenizer has 0 to {len(tokenizer) - 1}")
-        return int(text)
+    kind, _, rest = str(word).partition(":")
+    kind, text = (kind, rest) if kind in ("id", "text") and rest else ("", str(word))
     vocabulary = tokenizer.get_vocab()
+    if kind == "id" or (not kind and text.lstrip("-").isdigit()):
+        if not text.isdigit() or int(text) >= len(tokenizer):
+            raise ConfigError(f"kl_leave_out has the token id {text}: the tokenizer has 0 to {len(tokenizer) - 1}")
+        if not kind and vocabulary.get(text, int(text)) != int(text):
+            raise ConfigError(
+                f"kl_leave_out has {text!r}, a token id and the text of token {vocabulary[text]}: write "
+                f"'id:{text}' or 'text:{text}'"
+            )
+        return int(text)
     if text in vocabulary:
         return int(vocabulary[text])
     pieces = tokenizer.encode(text, add_special_tokens=False)
@@ -111,7 +120,9 @@ def _token_id(word: str | int, tokenizer: Any) -> int:
     )
 
 
-def words_of(value: str | int | Iterable[str | int]) -> list[str]:
-    """A list, from a list, or one word: YAML and dictionaries have both."""
+def words_of(value: str | int | Iterable[str | int] | None) -> list[str]:
+    """A list, from a list, one word or nothing: YAML and dictionaries have all of them."""
+    if value is None:
+        return []
     items = [value] if isinstance(value, str | int) else list(value)
     return [str(item) for item in items]

@@ -59,6 +59,7 @@ def monitor_sums(
     classes: Tensor | None = None,
     coefficient: Tensor | None = None,
     gradient: Tensor | None = None,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     """`(SIZE,)` float64 sums and maxima of a micro-batch, on its device.
 
@@ -72,6 +73,7 @@ def monitor_sums(
             are against it, else against `old_logp`; without both there are none.
         classes: (B, T). Indices into `CLASSES`.
         coefficient: (B, T). d(the host's own KL term) / d logp, up to a positive factor, as the host's floats have it.
+        left_out: (B, T) bool. Tokens without a KL of their own: they are in no mean of the KL, nor dead.
         gradient: (2,). Squared gradient norms (`squared_gradient_norms`).
     """
     counted = mask.bool()
@@ -80,10 +82,11 @@ def monitor_sums(
     clusters = logp.new_zeros(len(MOMENTS), len(MEANS))
     if ref_logp is not None:
         u = logp - ref_logp.double()
-        finite = counted & u.isfinite()
+        kept = counted if left_out is None else counted & ~left_out
+        finite = kept & u.isfinite()
         u = torch.where(finite, u, 0.0)
-        clusters = _clusters(u, finite, counted, classes)
-        parts |= _far_from_reference(u, finite, counted, coefficient)
+        clusters = _clusters(u, finite, kept, classes)
+        parts |= _far_from_reference(u, finite, kept, coefficient)
     behavior_logp = old_logp if engine_logp is None else engine_logp
     if behavior_logp is not None:
         parts |= _ratios(logp, behavior_logp, counted)

@@ -147,12 +147,16 @@ class ReferenceOptions:
 
     def reference_problems(self) -> Iterator[str]:
         """What is wrong with them, before there is a model."""
-        every, decay = self.kl_reference_every, self.kl_reference_decay
-        if every is not None and every < 1:
-            yield f"kl_reference_every={every}: a number of optimizer steps, at least 1"
-        if not 0 <= decay < 1:
-            yield f"kl_reference_decay={decay}: what remains of the reference at an update is in [0, 1)"
-        if decay and every is None:
+        every: Any = self.kl_reference_every
+        decay: Any = self.kl_reference_decay
+        reference: Any = self.kl_reference
+        if reference is not None and not isinstance(reference, str):
+            yield f"kl_reference={reference!r}: a path, a hub id, 'base' or 'adapter:NAME' was expected"
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            yield f"kl_reference_every={every!r}: a number of optimizer steps, at least 1"
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+            yield f"kl_reference_decay={decay!r}: what remains of the reference at an update is in [0, 1)"
+        elif decay and every is None:
             yield f"kl_reference_decay={decay} moves nothing by itself: set kl_reference_every, 1 for all steps"
         if self.kl_reference == "adapter:ref":
             yield "kl_reference='adapter:ref', TRL's name for its own: save that adapter under another name"

@@ -58,6 +58,7 @@ CASES = [
     ("grpo", "--beta 0.04 --kl k2_as_loss --kl_leave_out_equal_rewards true", "principled", "rewards differ"),
     ("ppo", "--kl k1_in_reward --kl_leave_out eos", "refused", "not offered in the reward"),
     ("ppo", "--kl k2_as_loss --kl_leave_out_equal_rewards true", "refused", "PPO generates one"),
+    ("rloo", "--kl k1_in_reward --kl_clip combined --kl_credit sequence --kl_leave_out eos", "refused", "drop one"),
     ("grpo", "--beta 0.04 --kl k2_as_loss --kl_reference_every 100", "principled", "not how far"),
     (
         "rloo",

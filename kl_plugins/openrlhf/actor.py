@@ -16,12 +16,11 @@ from torch import Tensor
 
 from kl_plugins.advantages import up_to_date
 from kl_plugins.errors import PatchError
-from kl_plugins.leave_out import LeftOut
 from kl_plugins.metrics import OWN_WEIGHTS, SUMS, kl_metrics, kl_sums
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.monitor import metrics_of, watching
 from kl_plugins.openrlhf.plan import Plan, plan_of
-from kl_plugins.openrlhf.seam import over_ranks, show, token_ids
+from kl_plugins.openrlhf.seam import from_info, left_out_of, over_ranks, show
 from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
 
 Host = Callable[..., Any]
@@ -135,16 +134,6 @@ def terms_of(plan: Plan, experience: Any, log_probs: Tensor, log_probs_base: Ten
     )
 
 
-def left_out_of(plan: Plan, experience: Any) -> dict[str, Any]:
-    """The masks of what the plan leaves out of the KL, (B, T) each; empty if nothing is left out."""
-    if plan.left_out == LeftOut() and not plan.leave_out_equal_rewards:
-        return {}
-    mask, rows = experience.action_mask, None
-    if plan.leave_out_equal_rewards:
-        rows = _from_info(experience, EQUAL_REWARDS).to(mask.device)
-    return plan.left_out.masks(token_ids(experience), mask, rows)
-
-
 @contextmanager
 def _advantages_of_now(trainer: Any, plan: Plan, experience: Any, beta: float) -> Iterator[None]:
     """Bring the KL in the advantages up to date with the policy that is being updated; see `up_to_date`."""
@@ -181,21 +170,12 @@ def without_baseline(plan: Plan) -> Plan:
 
 
 SCALE = "kl/advantage_scale"
-EQUAL_REWARDS = "kl/equal_rewards"
 KL_SUMS = "kl_plugins/sums"
 
 
 def _advantage_scale(experience: Any) -> Tensor:
     """(B, 1). What OpenRLHF's normalization of the advantages has multiplied a nat with; see `experience`."""
-    return _from_info(experience, SCALE).unsqueeze(1)
-
-
-def _from_info(experience: Any, name: str) -> Tensor:
-    """(B,). What `experience` has put into the experience for us."""
-    found = experience.info.get(name)
-    if found is None:
-        raise PatchError(f"an experience came without {name}: it was made in a process without kl_plugins")
-    return torch.stack(list(found))
+    return from_info(experience, SCALE).unsqueeze(1)
 
 
 def _unexpected(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:

@@ -19,17 +19,15 @@ from kl_plugins.leave_out import equal_reward_rows
 from kl_plugins.metrics import controlled
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.actor import (
-    EQUAL_REWARDS,
     KL_SUMS,
     SCALE,
     Host,
     answering,
-    left_out_of,
     terms_of,
     without_baseline,
 )
 from kl_plugins.openrlhf.plan import Plan, plan_of
-from kl_plugins.openrlhf.seam import seeing
+from kl_plugins.openrlhf.seam import EQUAL_REWARDS, left_out_of, seeing
 from kl_plugins.terms import leave_one_out_baseline
 
 

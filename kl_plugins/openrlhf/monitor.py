@@ -15,8 +15,8 @@ from torch import Tensor
 from kl_plugins.errors import PatchError
 from kl_plugins.leave_out import token_classes
 from kl_plugins.monitor import MAXIMA, coefficient, merged, monitor_metrics, monitor_sums, nothing_seen
-from kl_plugins.openrlhf.plan import plan_of
-from kl_plugins.openrlhf.seam import over_ranks, seeing, token_ids
+from kl_plugins.openrlhf.plan import Plan, plan_of
+from kl_plugins.openrlhf.seam import left_out_of, over_ranks, seeing, token_ids
 
 
 @contextmanager
@@ -69,7 +69,8 @@ def _sums_of(trainer: Any, experience: Any, logp: Tensor, coefficient: Tensor | 
         raise PatchError(
             "an experience came without the reference's log-probs: it was made in a process without kl_plugins"
         )
-    ids, mask = token_ids(experience), experience.action_mask
+    ids, mask, plan = token_ids(experience), experience.action_mask, plan_of(trainer.args)
+    left_out = left_out_of(plan, experience) if isinstance(plan, Plan) else {}
     classes = _classes(trainer, ids.device)
     tensors = {
         "logp": logp,
@@ -79,6 +80,7 @@ def _sums_of(trainer: Any, experience: Any, logp: Tensor, coefficient: Tensor | 
         "engine_logp": experience.rollout_log_probs,
         "classes": None if classes is None else classes[ids.clamp(max=len(classes) - 1)],
         "coefficient": coefficient,
+        "left_out": torch.stack(list(left_out.values())).any(0) if left_out else None,
     }
     # The completion goes to column 0, where OpenRLHF has the prompt; that comes behind it, and has mask 0 as before.
     column = torch.arange(mask.size(1), device=mask.device) + mask.long().argmax(1, keepdim=True)

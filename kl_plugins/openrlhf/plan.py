@@ -271,6 +271,11 @@ def _flag_problems(options: OpenRLHFOptions, args: Any, in_reward: bool) -> list
         problems.append("kl_baseline='leave_one_out' needs --rollout.n_samples_per_prompt of 2 or more")
     if options.kl_leave_out_equal_rewards and args.rollout.n_samples_per_prompt < 2:
         problems.append("kl_leave_out_equal_rewards needs --rollout.n_samples_per_prompt of 2 or more")
+    if options.kl_leave_out_equal_rewards and advantage.estimator not in GROUP_ESTIMATORS:
+        problems.append(
+            f"kl_leave_out_equal_rewards with --algo.advantage.estimator {advantage.estimator}, where groups of equal "
+            f"rewards have advantages, too: use one of {', '.join(GROUP_ESTIMATORS)}, or leave it out"
+        )
     if options.kl_baseline == "leave_one_out" and advantage.estimator == "gae" and in_reward:
         problems.append("kl_baseline='leave_one_out' with gae, whose critic is the baseline already: leave it out")
     if in_reward and args.actor.policy_loss_type == "gspo":

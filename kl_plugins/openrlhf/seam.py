@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kl_plugins.errors import PatchError
+from kl_plugins.leave_out import LeftOut
+from kl_plugins.openrlhf.plan import Plan
 
 # Called with (log_probs, log_probs_base, kl), each (B, T).
 See = Callable[[Tensor, Tensor, Tensor], None]
@@ -51,3 +54,24 @@ def over_ranks(trainer: Any, sums: Tensor, largest: Tensor) -> tuple[Tensor, Ten
     copies = trainer.args.ds.ring_attn_size * trainer.args.ds.tensor_parallel_size  # ranks that hold the same rows
     sums = trainer.strategy.all_reduce(sums.clone(), op="sum") / copies
     return sums, trainer.strategy.all_reduce(largest.clone(), op="max")
+
+
+EQUAL_REWARDS = "kl/equal_rewards"
+
+
+def left_out_of(plan: Plan, experience: Any) -> dict[str, Any]:
+    """The masks of what the plan leaves out of the KL, (B, T) each; empty if nothing is left out."""
+    if plan.left_out == LeftOut() and not plan.leave_out_equal_rewards:
+        return {}
+    mask, rows = experience.action_mask, None
+    if plan.leave_out_equal_rewards:
+        rows = from_info(experience, EQUAL_REWARDS).to(mask.device)
+    return plan.left_out.masks(token_ids(experience), mask, rows)
+
+
+def from_info(experience: Any, name: str) -> Tensor:
+    """(B,). What `experience` has put into the experience for us."""
+    found = experience.info.get(name)
+    if found is None:
+        raise PatchError(f"an experience came without {name}: it was made in a process without kl_plugins")
+    return torch.stack(list(found))

@@ -116,6 +116,11 @@ class RLOOFields(OnlineFields):
                 f"kl_clip='combined' with kl_credit={self.kl_credit!r}: RLOO's advantage is one number a sequence; "
                 "use kl_credit='sequence', or kl_clip='separate'"
             )
+        if self.kl_clip == "combined" and set(self.kl_leave_out) - {"first"}:
+            yield (
+                f"kl_clip='combined' with kl_leave_out={self.kl_leave_out}: RLOO's advantage is one number a "
+                "sequence, but a left-out token has a coefficient of its own; use kl_clip='separate' or None"
+            )
 
 
 @dataclass

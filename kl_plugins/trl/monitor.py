@@ -29,6 +29,7 @@ from kl_plugins.trl.seam import HostBeta
 from kl_plugins.trl.trainer import completion_mask
 from kl_plugins.trl.watched import (
     check,
+    is_exact,
     is_ours,
     is_rloo,
     missing,
@@ -85,8 +86,9 @@ class KLMonitorCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Attach to the trainer that begins, unless it is attached to it already."""
-        if self._trainer is None or self._trainer.args is not args:
-            self.attach(trainer_that_called(args))
+        trainer = trainer_that_called(args)
+        if trainer is not self._trainer:
+            self.attach(trainer)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Decide what is measured in this step."""
@@ -190,6 +192,7 @@ class KLMonitorCallback(TrainerCallback):
         terms = own(*args, **kwargs)
         if self._call is not None:
             self._call.terms.append(terms.loss)
+            self._call.left_out = terms.left_out
         return terms
 
     def _score(self, own: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -241,7 +244,8 @@ class KLMonitorCallback(TrainerCallback):
             old_logp=inputs.get("old_per_token_logps"),
             engine_logp=inputs.get("sampling_per_token_logps"),
             classes=self._classes[ids.clamp(max=len(self._classes) - 1)],
-            coefficient=coefficient(term, logp, mask),
+            coefficient=coefficient(None if is_exact(self._trainer) else term, logp, mask),
+            left_out=call.left_out,
             gradient=self._gradient(loss, term),
         )
         mode = self._mode()
@@ -278,6 +282,7 @@ class _Call:
     logp: Tensor | None = None
     ref_logp: Tensor | None = None
     terms: list[Tensor] = field(default_factory=list)
+    left_out: Tensor | None = None
 
 
 __all__ = ["KLMonitorCallback"]

@@ -6,6 +6,7 @@ is done here is to put the reference that was asked for in one of those places.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,35 +24,31 @@ from kl_plugins.vocabulary import require_one_tokenizer
 
 ADAPTER = "adapter:"
 STATE_FILE = "kl_reference.safetensors"
+CHOICE_FILE = "kl_reference.json"
 _REF = "ref"  # TRL's name for the adapter that is the reference
 
 
 @contextmanager
-def without_hosts_reference(trainer: Any, given: Collection[Any]) -> Iterator[None]:
-    """While `trainer` is made of the arguments `given`: TRL makes no reference where another takes its place.
-
-    TRL's RLOO copies a trained adapter as its reference whatever beta is; that copy is deleted again.
-    """
+def without_hosts_reference(given: Collection[Any]) -> Iterator[None]:
+    """While a trainer is made of the arguments `given`: TRL makes no reference where another one takes its place."""
     args = next((each for each in given if hasattr(each, "kl_reference")), None)
     if args is None or args.kl is None or args.kl_reference is None:
         yield
         return
-    if any(isinstance(each, torch.nn.Module) and _REF in getattr(each, "peft_config", ()) for each in given):
-        raise ConfigError(
-            f"kl_reference={args.kl_reference!r} with a model that has an adapter called {_REF!r}, TRL's name for its "
-            "own reference: save that adapter under another name"
-        )
     beta, args.beta = args.beta, 0.0
     try:
         yield
     finally:
         args.beta = beta
-    if _REF in getattr(trainer.model, "peft_config", {}):
-        trainer.model.delete_adapter(_REF)
 
 
-def start_reference(trainer: Any) -> None:
-    """Give `trainer`, which TRL has just made, the reference of its config.
+def adapters_of(given: Collection[Any]) -> set[str]:
+    """The names of the adapters of the models among the arguments `given`."""
+    return {name for each in given if isinstance(each, torch.nn.Module) for name in getattr(each, "peft_config", ())}
+
+
+def start_reference(trainer: Any, adapters: Collection[str]) -> None:
+    """Give `trainer`, which TRL has just made of a model with these adapters, the reference of its config.
 
     Raises `ConfigError` for one that the model, its adapters or the way it is distributed don't allow.
     """
@@ -71,7 +68,14 @@ def start_reference(trainer: Any) -> None:
         problems.append(
             f"kl_reference={asked!r} with kl_reference_every: with PEFT an adapter moves; name 'adapter:NAME'"
         )
+    if asked is not None and _REF in adapters:
+        problems.append(
+            f"kl_reference={asked!r} with a model that has an adapter called {_REF!r}, TRL's name for its own "
+            "reference: save that adapter under another name"
+        )
     refuse(problems)
+    if asked is not None and peft and _REF in _unwrapped(trainer).peft_config:
+        _unwrapped(trainer).delete_adapter(_REF)  # TRL's RLOO has copied the trained one, whatever beta was
     if asked is not None and _is_model(asked):
         trainer.ref_model = load_reference(trainer, asked)
     elif asked is not None and asked.startswith(ADAPTER):
@@ -155,6 +159,8 @@ def _loaded(trainer: Any, name: str) -> Any:
     policy_name = trl_utils.get_config_model_id(trainer.model.config)
     same_tokens = require_one_tokenizer(getattr(processor, "tokenizer", processor), policy_name, name)
     options = dict(trainer.args.model_init_kwargs or {})
+    if name != policy_name:
+        options.pop("revision", None)
     if trainer.accelerator.num_processes > 1:
         options["device_map"] = None
     options.setdefault("dtype", trainer.model.dtype)
@@ -166,25 +172,56 @@ def _loaded(trainer: Any, name: str) -> Any:
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"the reference {name!r} can't be loaded ({str(error).splitlines()[0]}): give the path or hub id of a "
-                "causal language model"
+                f"causal language model; 'base' and '{ADAPTER}NAME' stand for what LoRA has"
             ) from error
     sizes = [m.get_output_embeddings().weight.shape[0] for m in (trainer.model, model)]
-    if not same_tokens and sizes[0] != sizes[1]:
+    exact = trainer.kl_spec is not None and trainer.kl_spec.loss.exact
+    if sizes[0] != sizes[1] and (exact or not same_tokens):
+        why = "the KL is summed over all of them" if exact else "no tokenizer is saved with it"
         raise ConfigError(
-            f"the policy has {sizes[0]} tokens and the reference {name!r} {sizes[1]}, and no tokenizer is saved with "
-            "it: a KL needs the same tokens in both"
+            f"the policy has {sizes[0]} tokens and the reference {name!r} {sizes[1]}, and {why}: a KL needs the same "
+            "tokens in both"
         )
     return model
 
 
-def load_trained_adapter(trainer: Any, checkpoint: str) -> None:
+def save_choice(args: Any, folder: Path) -> None:
+    """Write into a checkpoint which reference the run has."""
+    (folder / CHOICE_FILE).write_text(json.dumps(_choice(args)) + "\n")
+
+
+def require_choice(args: Any, folder: Path) -> None:
+    """Raise `ConfigError` if the run that wrote this checkpoint had another reference; it may have said nothing."""
+    path = folder / CHOICE_FILE
+    saved = json.loads(path.read_text()) if path.exists() else _choice(args)
+    if saved != _choice(args):
+        raise ConfigError(
+            f"the checkpoint {folder} is of a run with {_said(saved)}, this one has {_said(_choice(args))}: resume "
+            "with the reference that it had, or start a new run from the model that is saved there"
+        )
+
+
+def _choice(args: Any) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("kl_reference", "kl_reference_every", "kl_reference_decay")}
+
+
+def _said(choice: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in choice.items())
+
+
+def load_trained_adapter(trainer: Any, checkpoint: str, adapters: Collection[str]) -> None:
     """Load the adapter that is trained from a checkpoint that holds the reference's, too.
 
-    transformers (5.15) then loads the adapters in subfolders only, and would go on from an untrained one.
+    transformers (5.15) then loads the adapters in subfolders only, and would go on from an untrained one. A reference
+    that the model, which had these `adapters`, didn't have is taken away again.
     """
     model = _unwrapped(trainer)
-    if is_peft_model(model) and _REF in model.peft_config and Path(checkpoint, "adapter_config.json").exists():
+    if not is_peft_model(model) or _REF not in model.peft_config:
+        return
+    if Path(checkpoint, "adapter_config.json").exists():
         model.load_adapter(checkpoint, adapter_name=_active(model), is_trainable=True)
+    if _REF not in adapters:
+        model.delete_adapter(_REF)
 
 
 def _active(model: Any) -> str:
@@ -224,8 +261,13 @@ def _copy_adapter(model: Any, name: str) -> None:
 
 def _adapter_names(model: Any, name: str) -> list[tuple[str, str]]:
     """The parameters of the adapter `name`, and those of the adapter that is the reference."""
-    names = [n for n, _ in model.named_parameters() if name in n.split(".")]
-    return [(n, ".".join(_REF if part == name else part for part in n.split("."))) for n in names]
+    prefix, found = getattr(model.base_model, "prefix", "lora_"), []
+    for path, _ in model.named_parameters():
+        parts = path.split(".")
+        for i in range(1, len(parts)):
+            if parts[i] == name and (parts[i - 1].startswith(prefix) or parts[i - 1] == "modules_to_save"):
+                found.append((path, ".".join([*parts[:i], _REF, *parts[i + 1 :]])))
+    return found
 
 
 def _pairs(trainer: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:

@@ -20,7 +20,15 @@ from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
 from kl_plugins.trl.exact import Scored, distribution_problems, recorded
-from kl_plugins.trl.reference import MovingReference, load_trained_adapter, start_reference, without_hosts_reference
+from kl_plugins.trl.reference import (
+    MovingReference,
+    adapters_of,
+    load_trained_adapter,
+    require_choice,
+    save_choice,
+    start_reference,
+    without_hosts_reference,
+)
 from kl_plugins.trl.sampling import model_generation_problems
 from kl_plugins.trl.seam import unclaimed_beta
 from kl_plugins.trl.vllm import follow_policy_on_cpu, require_processed_logprobs
@@ -42,7 +50,9 @@ class KLTrainer:
     """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with without_hosts_reference(self, given=[*args, *kwargs.values()]):
+        given = [*args, *kwargs.values()]
+        self._kl_adapters = adapters_of(given)
+        with without_hosts_reference(given):
             super().__init__(*args, **kwargs)
         self.start_kl()
 
@@ -57,7 +67,7 @@ class KLTrainer:
         if self.kl_spec is not None:
             self.set_beta(float(self.args.beta))
             self.kl_controller = self.args.controller(float(self.args.beta))
-            start_reference(self)
+            start_reference(self, self._kl_adapters)
             self._kl_since_update: Tensor | None = None
             if self.args.kl_controller != "fixed":
                 self.add_callback(BetaCallback(self, self.kl_controller))
@@ -83,6 +93,8 @@ class KLTrainer:
         gradient = self.kl_spec.gradient_of
         say = logger.warning if gradient in ("zero", "biased") else logger.info
         kept = " of the tokens that are not left out" if self._kl_left_out.token_ids else ""
+        if self.args.kl_leave_out_equal_rewards:
+            kept += ", on the groups whose rewards differ (a choice that depends on what was drawn)"
         say(f"KL term: {self.kl_spec}; its expected on-policy gradient is {gradient}{kept}")
         loss_type = getattr(self.args, "loss_type", None)
         by_length = self.length_normalized or (f"loss_type={loss_type!r}" if loss_type in ("grpo", "sapo") else "")
@@ -116,14 +128,19 @@ class KLTrainer:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.kl_reference is not None and self.args.should_save:
-            step = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.kl_reference.save(Path(self._get_output_dir(trial), step))
+        if self.kl_spec is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            save_choice(self.args, folder)
+            if self.kl_reference is not None:
+                self.kl_reference.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if self.kl_spec is not None:
+            require_choice(self.args, Path(resume_from_checkpoint))
+        adapters = adapters_of([self.model])
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         if self.kl_spec is not None:
-            load_trained_adapter(self, resume_from_checkpoint)
+            load_trained_adapter(self, resume_from_checkpoint, adapters)
         if self.kl_reference is not None:
             self.kl_reference.load(Path(resume_from_checkpoint))
 
@@ -189,8 +206,15 @@ class KLTrainer:
                 "TRL (a subclass must call _calculate_rewards) or leave the option out"
             )
         first = rows * self.accelerator.process_index
-        equal = equal_reward_rows(self._kl_rewards, self._group_size())
+        equal = equal_reward_rows(self._weighted_rewards(self._kl_rewards), self._group_size())
         output["kl_equal_rewards"] = equal[first : first + rows].to(output["completion_ids"].device)
+
+    def _weighted_rewards(self, rewards: Tensor) -> Tensor:
+        """(N,) of (N, functions): the reward as TRL sums it; (N, functions) if it normalizes each one first."""
+        weights = self.reward_weights.to(rewards)
+        if getattr(self.args, "multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
+            return rewards[:, weights != 0]
+        return (rewards * weights).nansum(dim=1)
 
     def _group_size(self) -> int:
         return int(self.num_generations if self.model.training else self.num_generations_eval)

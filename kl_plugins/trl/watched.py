@@ -38,6 +38,11 @@ def is_ours(trainer: Any) -> bool:
     return getattr(trainer, "kl_spec", None) is not None
 
 
+def is_exact(trainer: Any) -> bool:
+    """Whether it is one of them that doesn't go through the sampled tokens' log-probs alone."""
+    return is_ours(trainer) and bool(trainer.kl_spec.loss.exact)
+
+
 def is_rloo(trainer: Any) -> bool:
     """Whether it is TRL's RLOO, or derives from it."""
     return isinstance(trainer, trl.RLOOTrainer)
@@ -91,6 +96,8 @@ def missing(trainer: Any, reference: Any) -> Iterator[str]:
     """What `KLMonitorCallback` can't tell about this trainer, and why."""
     if trainer.beta == 0 and reference is None:
         yield "the KL: beta is 0, so that there is no reference; KLMonitorCallback(reference='base') has one scored"
+    if is_exact(trainer):
+        yield "kl/dead: an exact KL has its gradient through hidden states, too"
     if is_rloo(trainer) and not is_ours(trainer):
         if trainer.beta != 0:
             yield "kl/dead: the KL is in RLOO's reward, not in its loss"

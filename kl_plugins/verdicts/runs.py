@@ -206,6 +206,8 @@ def _trl_spec(
     spec = chosen.kl_spec()
     assert spec is not None
     problems += [*kl.left_out_problems(spec), *reference.reference_problems()]
+    if trainer == "rloo" and kl.kl_clip == "combined" and set(kl.kl_leave_out) - {"first"}:
+        problems.append("kl_leave_out of tokens with kl_clip='combined', where a sequence has one number: drop one")
     if trainer == "ppo" and kl.kl_leave_out_equal_rewards:
         problems.append("kl_leave_out_equal_rewards needs several completions of a prompt: PPO generates one")
     return kl, spec, in_reward, [_refused(problem, ours) for problem in problems]

@@ -28,7 +28,7 @@ def leaving_out(planned, model_folder):
     ids=lambda options: options["kl"],
 )
 def test_the_step_leaves_tokens_out(make_actor, leaving_out, hooked, options):
-    args = leaving_out(kl_leave_out=["eos", "7", "first"], **options)
+    args = leaving_out(kl_leave_out=["eos", "id:7", "first"], **options)
     assert args.kl_plugins.left_out == LeftOut(token_ids=(1, 7), first=True)
     trainer = make_actor(args)
     batch, _ = made_up(args, trainer)
@@ -96,7 +96,7 @@ def test_groups_of_equal_rewards(leaving_out, hooked, baseline):
 
 
 def test_the_step_leaves_those_groups_out(make_actor, leaving_out, hooked):
-    args = leaving_out(kl_leave_out_equal_rewards=True)
+    args = leaving_out("--algo.advantage.estimator", "rloo", kl_leave_out_equal_rewards=True)
     trainer = make_actor(args)
     batch, _ = made_up(args, trainer)
     batch.advantages = torch.zeros_like(batch.advantages)
@@ -115,6 +115,7 @@ def test_the_step_leaves_those_groups_out(make_actor, leaving_out, hooked):
         ((), {"kl": "k1_in_reward", "kl_leave_out": ["eos"]}, "use kl_placement='loss'"),
         ((), {"kl": "k1_in_reward", "kl_leave_out_equal_rewards": True}, "use kl_placement='loss'"),
         (("--rollout.n_samples_per_prompt", "1"), {"kl_leave_out_equal_rewards": True}, "n_samples_per_prompt of 2"),
+        ((), {"kl_leave_out_equal_rewards": True}, "estimator gae, where groups of equal rewards have advantages"),
         ((), {"kl_leave_out": ["<nothing>"]}, "name a single token"),
         (("--actor.model_name_or_path", "nowhere/at-all"), {"kl_leave_out": ["eos"]}, "can't be loaded"),
     ],

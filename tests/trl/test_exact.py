@@ -143,7 +143,7 @@ def test_expected_gradient_in_the_parameters(make_trainer, others, cls, options,
 
 
 @pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
-@pytest.mark.parametrize(("words", "token"), [(["eos"], EOS), (["7"], 7), (["+"], 12)])
+@pytest.mark.parametrize(("words", "token"), [(["eos"], EOS), (["id:7"], 7), (["+"], 12)])
 def test_expected_gradient_with_a_token_left_out(make_trainer, others, cls, words, token):
     options = {"kl": "k1_in_reward", "kl_off_policy": "prefix", "kl_baseline": None, "kl_weight_clip": [0.0, 1e6]}
     if cls is GRPOTrainer:

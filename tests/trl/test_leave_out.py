@@ -8,7 +8,7 @@ from tiny_trl import loss_and_gradients, micro_batch
 
 from kl_plugins.errors import ConfigError
 from kl_plugins.leave_out import LeftOut, equal_reward_rows, left_out
-from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOTrainer
+from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 TRAINERS = pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer, GMPOTrainer])
 
@@ -40,7 +40,7 @@ def test_a_run_says_what_is_left_out(make_trainer, cls):
 @TRAINERS
 def test_everything_left_out_is_no_gradient(make_trainer, cls):
     """All tokens but the KL's value stay in the policy loss; with advantages of 0 nothing is left to learn."""
-    trainer = make_trainer(cls, kl="k2_as_loss", kl_leave_out=[str(index) for index in range(16)])
+    trainer = make_trainer(cls, kl="k2_as_loss", kl_leave_out=[f"id:{index}" for index in range(16)])
     batch = micro_batch(trainer)
     batch["advantages"] = torch.zeros_like(batch["advantages"])
     assert loss_and_gradients(trainer, batch)[1].abs().max() == 0
@@ -99,8 +99,10 @@ def test_the_first_token(make_trainer):
 
 def test_masks_of_the_resolved_words(make_trainer):
     tokenizer = make_trainer(GRPOTrainer).processing_class
-    found = left_out(["eos", "special", "first", "12", "-"], tokenizer=tokenizer, eos_token_id=[1, 5])
-    assert found == LeftOut(token_ids=(0, 1, 5, 12, 13), first=True)
+    found = left_out(
+        ["eos", "special", "first", "12", "-", "text:5", "id:9"], tokenizer=tokenizer, eos_token_id=[1, 5]
+    )
+    assert found == LeftOut(token_ids=(0, 1, 5, 7, 9, 12, 13), first=True)
     ids = torch.tensor([[2, 12, 1, 0], [3, 3, 3, 3]])
     masks = found.masks(ids, torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]), rows=torch.tensor([False, True]))
     assert masks["left_out_tokens"].tolist() == [[False, True, True, True], [False] * 4]
@@ -108,14 +110,53 @@ def test_masks_of_the_resolved_words(make_trainer):
     assert LeftOut().masks(ids, ids) == {}
 
 
-def test_equal_rewards_are_equal_bit_for_bit():
+def test_equal_rewards():
     nan = float("nan")
-    rewards = torch.tensor([[0.1, nan], [0.1, nan], [0.1, 0.0], [0.1 + 1e-7, 0.0], [nan, 1.0], [0.0, 1.0]])
+    rewards = torch.tensor([[0.1, nan], [0.1, nan], [0.1, 0.0], [0.1 + 1e-4, 0.0], [nan, 1.0], [0.0, 1.0]])
     assert equal_reward_rows(rewards, 2).tolist() == [True, True, False, False, False, False]
     assert equal_reward_rows(rewards[:, 0], 3).tolist() == [True] * 3 + [False] * 3
+    assert equal_reward_rows(torch.tensor([0.1 + 0.7, 0.8, 1.0, -1.0]), 2).tolist() == [True, True, False, False]
+    assert not equal_reward_rows(rewards, 1).any()  # a group of one says nothing
 
 
-@pytest.mark.parametrize("words", [["<nothing>"], ["99"], ["-1"], ["1+1"]])
+def half(completions, **kwargs):
+    return [0.25 + 0.1 * (index % 3) for index in range(len(completions))]
+
+
+def rest(completions, **kwargs):
+    return [0.75 - 0.1 * (index % 3) for index in range(len(completions))]
+
+
+@pytest.mark.parametrize(("weights", "equal"), [([1.0, 1.0], True), ([1.0, 0.0], False), ([1.0, 0.5], False)], ids=str)
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+def test_the_reward_is_the_sum_that_is_trained_on(make_trainer, cls, weights, equal):
+    """Two functions that differ, but whose sum doesn't; or whose weight is 0."""
+    trainer = make_trainer(cls, kl="k2_as_loss", kl_leave_out_equal_rewards=True, max_steps=1)
+    trainer.reward_funcs, trainer.reward_weights = [half, rest], torch.tensor(weights)
+    trainer.reward_processing_classes, trainer.reward_func_names = [None, None], ["half", "rest"]
+    trainer.train()
+    zero = lines(trainer, "frac_reward_zero_std")
+    assert zero == [1.0 if equal else 0.0]
+    assert lines(trainer, "kl/left_out") == ([1.0] if equal else [])
+
+
+def test_a_single_completion_in_evaluation_is_no_group(make_trainer, prompts):
+    trainer = make_trainer(
+        GRPOTrainer,
+        kl="k2_as_loss",
+        kl_leave_out_equal_rewards=True,
+        num_generations_eval=1,
+        eval_dataset=prompts.select(range(8)),
+        per_device_eval_batch_size=8,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_kl/k2"] > 0
+    assert "eval_kl/left_out" not in metrics
+
+
+@pytest.mark.parametrize("words", [["<nothing>"], ["99"], ["-1"], ["1+1"], ["5"], ["id:16"], ["id:x"]])
 def test_what_is_no_token_is_refused(make_trainer, words):
     with pytest.raises(ConfigError, match="kl_leave_out has"):
         make_trainer(GRPOTrainer, kl="k2_as_loss", kl_leave_out=words)
@@ -130,4 +171,10 @@ def test_refused_before_a_model_is_loaded(tmp_path):
     with pytest.raises(ConfigError, match="kl_leave_out set, but kl is None"):
         config(kl_leave_out=["eos"])
     assert config(kl="k3_as_loss", kl_leave_out="eos").kl_leave_out == ["eos"]
+    assert config(kl="k3_as_loss", kl_leave_out=None).kl_leave_out == []
+    assert config(kl="k1_in_reward", kl_leave_out=["eos"]).kl_spec().left_out_bound == 1e6
+    combined = {"kl": "k1_in_reward", "kl_credit": "sequence", "kl_clip": "combined", "kl_leave_out": ["eos"]}
+    with pytest.raises(ConfigError, match="a left-out token has a coefficient of its own"):
+        RLOOConfig(output_dir=str(tmp_path), beta=0.1, use_cpu=True, bf16=False, **combined)
+    assert config(**combined).kl_clip == "combined"
     assert config(kl="k2_in_reward", kl_allow_biased=True, kl_leave_out=["first"]).kl_leave_out == ["first"]

@@ -223,6 +223,58 @@ def test_a_resumed_run_goes_on_with_the_adapter_it_trained(make_trainer, adapter
     assert torch.equal(parameters(resumed), parameters(whole))
 
 
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"kl_reference": "base"}),
+        ({"kl_reference": "adapter:sft"}, {"kl_reference": "adapter:default"}),
+        ({"kl_reference_every": 1}, {}),
+        ({"kl_reference_every": 1}, {"kl_reference_every": 2}),
+    ],
+    ids=str,
+)
+def test_a_run_is_not_resumed_with_another_reference(make_trainer, adapters, tmp_path, cls, first, second):
+    common = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **FAST}
+    make_trainer(cls, policy=copy.deepcopy(adapters[0]), **common, **first).train()
+    resumed = make_trainer(cls, policy=copy.deepcopy(adapters[0]), **common, **second)
+    with pytest.raises(ConfigError, match="resume with the reference that it had"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_checkpoint_of_trl_brings_no_reference_of_its_own(make_trainer, adapters, tmp_path):
+    """TRL's copy of the trained adapter is in it, and is what TRL would score with."""
+    common = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    make_trainer(GRPOTrainer, config=trl.GRPOConfig, policy=copy.deepcopy(adapters[0]), **common).train()
+    assert (tmp_path / "checkpoint-1" / "ref").is_dir()
+    resumed = make_trainer(
+        recording(GRPOTrainer),
+        config=GRPOConfig,
+        policy=copy.deepcopy(adapters[0]),
+        kl="k2_as_loss",
+        kl_reference="base",
+        **common,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for inputs in resumed.seen:
+        assert_scored_by(copy.deepcopy(adapters[0]).unload(), inputs)
+
+
+def test_half_precision_is_resumed_as_it_was(make_trainer, tmp_path):
+    options = {"kl_reference_every": 2, "kl_reference_decay": 0.5, "model_init_kwargs": {"dtype": "bfloat16"}, **FAST}
+    whole = make_trainer(GRPOTrainer, max_steps=2, save_strategy="steps", save_steps=2, **options)
+    whole.train()
+    resumed = make_trainer(GRPOTrainer, max_steps=3, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # step 3 moves nothing
+    start = make_trainer(GRPOTrainer, **options)
+    for name, (reference, _) in resumed.kl_reference._pairs.items():
+        assert torch.equal(reference, whole.kl_reference._pairs[name][0])
+    assert any(
+        not torch.equal(reference, start.kl_reference._pairs[name][0])
+        for name, (reference, _) in resumed.kl_reference._pairs.items()
+    )
+
+
 def test_as_trls_own_average(make_trainer, config_of):
     """TRL's sync_ref_model, which PEFT has not, is the same reference."""
     common = {"max_steps": 4, "learning_rate": 1e-2}
@@ -247,6 +299,9 @@ def test_as_trls_own_average(make_trainer, config_of):
     ("options", "message"),
     [
         ({"kl_reference_every": 0}, "at least 1"),
+        ({"kl_reference_every": 1.5}, "at least 1"),
+        ({"kl_reference_decay": "0.9"}, r"in \[0, 1\)"),
+        ({"kl_reference": ["a"]}, "was expected"),
         ({"kl_reference_every": 1, "kl_reference_decay": 1.0}, r"in \[0, 1\)"),
         ({"kl_reference_decay": 0.9}, "set kl_reference_every"),
         ({"kl_reference_every": 1, "sync_ref_model": True}, "sync_ref_model"),
