@@ -66,19 +66,48 @@ def head_kl(spec: KLSpec, *, hidden: Tensor, head: Head, ref_hidden: Tensor, ref
     """
     if not spec.loss.exact or spec.top_k is not None:
         raise ConfigError(f"head_kl sums over the whole vocabulary, {spec.name} with top_k={spec.top_k} doesn't")
-    if len(head.weight) != len(ref_head.weight):
-        sizes = f"{len(head.weight)} tokens, the reference's {len(ref_head.weight)}"
-        raise ConfigError(f"the policy's vocabulary has {sizes}: an exact KL needs the same one")
+    _check_vocabularies(head, ref_head)
     counted = mask.bool()
-    summed = _HeadKL.apply(  # type: ignore[no-untyped-call]
-        hidden[counted], head.weight, head.bias, ref_hidden.detach()[counted], head, ref_head, spec.loss.exact
+    summed, _, _ = _Head.apply(  # type: ignore[no-untyped-call]
+        hidden[counted], head.weight, head.bias, ref_hidden.detach()[counted], None, head, ref_head, spec.loss.exact
     )
     value = summed.new_zeros(counted.shape).masked_scatter(counted, summed)
     return ExactKL(value=value, outside=torch.zeros_like(counted), of=spec.loss.exact, tail=spec.tail)
 
 
-class _HeadKL(torch.autograd.Function):
-    """(N,) divergences of rows, differentiable in the policy's hidden states, weight and bias."""
+def head_scores(
+    of: str, *, hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) divergences of rows, log-probs of their `targets` and entropies, all three in one pass over the tiles.
+
+    As `head_kl` and a scoring of the targets, but the policy's logits are made once, and so is their gradient, which
+    is the sum of the three outputs': of the six products of matrices a step then takes, scoring alone takes four.
+
+    Args:
+        of: `"reverse_kl"` or `"forward_kl"`.
+        hidden: (N, H), with their graph.
+        ref_hidden: (N, H'). No gradient.
+        targets: (N,) int64.
+
+    Raises:
+        `ConfigError`: models whose vocabularies differ in size.
+    """
+    _check_vocabularies(head, ref_head)
+    arguments = hidden, head.weight, head.bias, ref_hidden.detach(), targets, head, ref_head, of
+    return _Head.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _check_vocabularies(head: Head, ref_head: Head) -> None:
+    if len(head.weight) != len(ref_head.weight):
+        sizes = f"{len(head.weight)} tokens, the reference's {len(ref_head.weight)}"
+        raise ConfigError(f"the policy's vocabulary has {sizes}: an exact KL needs the same one")
+
+
+class _Head(torch.autograd.Function):
+    """(N,) divergences of rows; with `targets` also their log-probs and the policy's entropies, else None.
+
+    Differentiable in the policy's hidden states, weight and bias.
+    """
 
     @staticmethod
     def forward(
@@ -87,66 +116,88 @@ class _HeadKL(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ref_hidden: Tensor,
+        targets: Tensor | None,
         head: Head,
         ref_head: Head,
         of: str,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
-            statistics = [
-                _statistics(hidden[rows], ref_hidden[rows], head, ref_head, of)
-                for rows in _slices(len(hidden), ROWS, hidden.device)
-            ]
+            found = []
+            for rows in _slices(len(hidden), ROWS, hidden.device):
+                here = None if targets is None else targets[rows]
+                found.append(_statistics(hidden[rows], ref_hidden[rows], here, head, ref_head, of))
         dtype = torch.promote_types(head.dtype, torch.float32)
-        folded = torch.cat(statistics) if statistics else torch.zeros(0, 4, dtype=dtype, device=hidden.device)
-        ctx.save_for_backward(hidden, weight, bias, ref_hidden, folded)
+        folded = (
+            torch.cat([rows for rows, _ in found]) if found else torch.zeros(0, 6, dtype=dtype, device=hidden.device)
+        )
+        ctx.save_for_backward(hidden, weight, bias, ref_hidden, targets, folded)
+        ctx.clean = all(clean for _, clean in found)
         ctx.heads, ctx.of = (head, ref_head), of
-        return folded[:, 0].clone()
+        value, logp, entropy = folded[:, :3].t().contiguous().unbind()
+        return (value, None, None) if targets is None else (value, logp, entropy)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, above: Tensor) -> Any:
-        hidden, weight, bias, ref_hidden, folded = ctx.saved_tensors
+    def backward(ctx: Any, *above: Tensor | None) -> Any:
+        hidden, weight, bias, ref_hidden, targets, folded = ctx.saved_tensors
         head, ref_head = ctx.heads
-        above = torch.where(folded[:, 0].isfinite(), above, 0.0)
+        zeros = folded.new_zeros(len(folded))
+        to_value, to_logp, to_entropy = (zeros if x is None else x.to(folded.dtype) for x in above)
+        to_value = torch.where(folded[:, 0].isfinite(), to_value, 0.0)
+        weights = torch.stack([to_value, to_logp, to_entropy], dim=-1).mul_(head.scale / head.temperature)
         to_hidden, to_weight, to_bias = (
             torch.zeros(x.shape, dtype=folded.dtype, device=x.device) if needed else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         )
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _slices(len(hidden), ROWS, hidden.device):
+                here = None if targets is None else targets[rows]
                 for columns in _slices(len(weight), COLUMNS, hidden.device):
-                    at = hidden[rows], ref_hidden[rows], head, ref_head, columns
-                    gradient = _gradient(*at, folded[rows], above[rows], ctx.of)
+                    at = hidden[rows], ref_hidden[rows], here, head, ref_head, columns
+                    gradient = _gradient(
+                        *at, folded[rows], weights[rows], ctx.of, entropy=above[2] is not None, clean=ctx.clean
+                    )
                     narrow = gradient.to(head.dtype)
                     if to_hidden is not None:
-                        to_hidden[rows] += _product(narrow, weight[columns].to(head.dtype))
+                        _add_product(to_hidden[rows], narrow, weight[columns].to(head.dtype))
                     if to_weight is not None:
-                        to_weight[columns] += _product(narrow.t(), hidden[rows].to(head.dtype))
+                        _add_product(to_weight[columns], narrow.t(), hidden[rows].to(head.dtype))
                     if to_bias is not None:
                         to_bias[columns] += gradient.sum(0)
         returned = (
             None if found is None else found.to(x.dtype)
             for found, x in zip((to_hidden, to_weight, to_bias), (hidden, weight, bias), strict=True)
         )
-        return *returned, None, None, None, None
+        return *returned, None, None, None, None, None
 
 
-def _statistics(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, of: str) -> Tensor:
-    """(n, 4): the divergence, both models' log of sum exp(z), and the difference of those two.
+def _statistics(
+    hidden: Tensor, ref_hidden: Tensor, targets: Tensor | None, head: Head, ref_head: Head, of: str
+) -> tuple[Tensor, bool]:
+    """(n, 6) and whether they are finite as they stand, which a token that a model excludes prevents.
+
+    The divergence, the log-prob of the target, the entropy, both models' log of sum exp(z), and the difference of
+    those two. Without `targets` the second and the third are 0.
 
     The difference is folded by itself: of two sums near 30, float32 leaves too little of a small divergence.
     """
-    folded = _fold(hidden, ref_hidden, head, ref_head, of, careful=False)
-    unclear = folded[:, 0].isnan()  # a token that a model excludes: 0 * -inf
-    if unclear.any():
-        folded[unclear] = _fold(hidden[unclear], ref_hidden[unclear], head, ref_head, of, careful=True)
-    return folded
+    folded = _fold(hidden, ref_hidden, targets, head, ref_head, of, careful=False)
+    clean = bool(folded[:, 0].isfinite().all())
+    if not clean:
+        unclear = folded[:, 0].isnan()  # 0 * -inf
+        targets = None if targets is None else targets[unclear]
+        folded[unclear] = _fold(hidden[unclear], ref_hidden[unclear], targets, head, ref_head, of, careful=True)
+    return folded, clean
 
 
-def _fold(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, of: str, *, careful: bool) -> Tensor:
+def _fold(
+    hidden: Tensor, ref_hidden: Tensor, targets: Tensor | None, head: Head, ref_head: Head, of: str, *, careful: bool
+) -> Tensor:
     """`_statistics`; only if it is `careful` are tokens of probability 0 left out whatever their log-ratio."""
     dtype = torch.promote_types(head.dtype, torch.float32)
     gap = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
+    weighted, target = gap, torch.zeros_like(gap)
     sums, tops = [gap, gap], [torch.full_like(gap, torch.finfo(dtype).min)] * 2
     for columns in _slices(len(head.weight), COLUMNS, hidden.device):
         z, ref_z = head.tile(hidden, columns)[0], ref_head.tile(ref_hidden, columns)[0].to(dtype)
@@ -155,6 +206,10 @@ def _fold(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, of: st
         shrink = [(old - new).exp() for old, new in zip(before, tops, strict=True)]
         mass, ref_mass = ((x - top[:, None]).exp_() for x, top in zip((z, ref_z), tops, strict=True))
         sums = [s * by + x.sum(-1) for s, by, x in zip(sums, shrink, (mass, ref_mass), strict=True)]
+        if targets is not None:
+            at, here = _within(targets, columns)
+            target = torch.where(here, z.gather(-1, at[:, None]).squeeze(-1), target)
+            weighted = weighted * shrink[0] + torch.linalg.vecdot(mass, z)
         average, by = (mass, shrink[0]) if of == "reverse_kl" else (ref_mass, shrink[1])
         u = z.sub_(ref_z)
         gap = torch.where(by > 0, gap * by, 0.0) + torch.linalg.vecdot(
@@ -163,32 +218,70 @@ def _fold(hidden: Tensor, ref_hidden: Tensor, head: Head, ref_head: Head, of: st
     difference = (tops[0] - tops[1]) + (sums[0] / sums[1]).log()
     log_sums = [top + s.log() for top, s in zip(tops, sums, strict=True)]
     value = gap / sums[0] - difference if of == "reverse_kl" else difference - gap / sums[1]
-    return torch.stack([value, *log_sums, difference], dim=-1)
+    scores = (target - log_sums[0], log_sums[0] - weighted / sums[0]) if targets is not None else (target, target)
+    return torch.stack([value, *scores, *log_sums, difference], dim=-1)
 
 
 def _gradient(
     hidden: Tensor,
     ref_hidden: Tensor,
+    targets: Tensor | None,
     head: Head,
     ref_head: Head,
     columns: slice,
     folded: Tensor,
-    above: Tensor,
+    weights: Tensor,
     of: str,
+    *,
+    entropy: bool,
+    clean: bool,
 ) -> Tensor:
-    """(n, c) gradient of `above * divergence` with respect to the policy's h W' + b. 0 where it isn't defined."""
-    value, log_sum, ref_log_sum, difference = folded[..., None].unbind(1)
+    """(n, c) gradient of `weights` times divergence, log-prob and entropy with respect to the policy's h W' + b.
+
+    With p, r the probabilities and u = log p - log r, they are p (u - KL) or p - r; 1{v = target} - p; and
+    -p (log p + entropy). `entropy`: whether its weights are other than 0. `clean`: no model excludes a token.
+    """
+    value, _, entropies, log_sum, ref_log_sum, difference = folded[..., None].unbind(1)
+    by_kl, by_logp, by_entropy = weights[..., None].unbind(1)
     z, tanh = head.tile(hidden, columns)
     ref_z = ref_head.tile(ref_hidden, columns)[0].to(z.dtype)
     p = (z - log_sum).exp_()
+    constant = -by_logp
+    surprise = (z - (log_sum - entropies)).mul_(by_entropy) if entropy else None
     if of == "reverse_kl":
-        gradient = z.sub_(ref_z).sub_(difference + value).mul_(p)
+        constant = constant - torch.where(by_kl == 0, 0.0, by_kl * (difference + value))
+        gradient = z.sub_(ref_z).mul_(by_kl)
+        gradient = (gradient if clean else _defined(gradient)).add_(constant).mul_(p)
     else:
-        gradient = p.sub_(ref_z.sub_(ref_log_sum).exp_())
-    gradient *= above[:, None] * (head.scale / head.temperature)
+        gradient = (p * (by_kl - by_logp)).sub_(ref_z.sub_(ref_log_sum).exp_().mul_(by_kl))
+    if surprise is not None:
+        gradient -= (surprise if clean else _defined(surprise)).mul_(p)
+    if targets is not None:
+        at, here = _within(targets, columns)
+        gradient.scatter_add_(-1, at[:, None], torch.where(here[:, None], by_logp, 0.0))
+    elif not clean:
+        gradient = _defined(gradient)
     if tanh is not None:
         gradient *= 1 - tanh.square()
-    return gradient.nan_to_num_(nan=0, posinf=0, neginf=0)
+    return gradient
+
+
+def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(n,) each: where a tile has a row's target, junk if nowhere; and whether it has it."""
+    here = (targets >= columns.start) & (targets < columns.stop)
+    return torch.where(here, targets - columns.start, 0), here
+
+
+def _defined(x: Tensor) -> Tensor:
+    return x.nan_to_num_(nan=0, posinf=0, neginf=0)
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+    """to += a @ b, without a copy of the product where their dtypes allow it."""
+    if a.dtype == to.dtype:
+        to.addmm_(a, b)
+    else:
+        to += _product(a, b)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """What an exact KL costs: a training step of stock TRL (k3) against kl="exact_in_reward" and a naive implementation.
 
 All trainers hold the same weights and get the same off-policy batch; their steps (loss and backward pass) take turns
-in one process. Time is the median ratio of steps of one round. Memory is the peak of one step above what was held
-before it, as torch's allocator (GPU) or profiler (CPU) counts it. The naive implementation writes out both models'
-logits and differentiates through log_softmax; it is left out of shapes whose logits need more than --naive-gib.
+in one process. Time is the median ratio of steps of one round, on the clock and, without a GPU, in the process's own
+CPU seconds, which other processes disturb less. Memory is the peak of one step above what was held before it, as
+torch's allocator (GPU) or profiler (CPU) counts it; the gradient of the LM head's weight, which every implementation
+holds, is part of it. The naive implementation writes out both models' logits and differentiates through log_softmax;
+it is left out of shapes whose logits need more than --naive-gib. With --alone only ours runs, once, for its memory.
+The first of each of --vocabulary, --rows and --tokens is the shape that the others are varied from, one at a time.
 Writes runs/benchmark_exact.json and runs/benchmark_exact.png.
 
 Hardware: a CPU (12 GiB) or one GPU. Takes: about 10 minutes on one core.
 Launch: python recipes/benchmark_exact.py [--vocabulary 150000] [--tokens 128 --tokens 512] [--hidden 64] [--rounds 3]
+A body with three times the head's FLOPs: --vocabulary 32000 --hidden 512 --layers 12 --tokens 64
 """
 
 import json
@@ -121,16 +125,16 @@ def make_batch(trainer, rows: int, tokens: int, vocabulary: int) -> dict[str, to
     return batch
 
 
-def step(trainer, batch) -> float:
-    """Seconds of one loss and backward pass."""
+def step(trainer, batch) -> tuple[float, float]:
+    """Seconds of one loss and backward pass: on the clock, and of CPU."""
     trainer.model.zero_grad(set_to_none=False)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     trainer.compute_loss(trainer.model, batch).backward()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def peak_bytes(trainer, batch) -> int:
@@ -151,10 +155,37 @@ def gradients(trainer, batch) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
+def measure(trainers, rows: int, tokens: int, vocabulary: int, *, rounds: int, naive_gib: float) -> dict:
+    batch = make_batch(trainers[OURS], rows, tokens, vocabulary)
+    shape = {"vocabulary": vocabulary, "rows": rows, "tokens": tokens}
+    shape["reference_hidden_bytes"] = batch["kl_ref_hidden"].nbytes
+    if not rounds:
+        return shape | {"peak_bytes": {OURS: peak_bytes(trainers[OURS], batch)}}
+    fits = rows * tokens * vocabulary * 4 / 2**30 <= naive_gib
+    taking_part = {name: trainer for name, trainer in trainers.items() if fits or name != NAIVE}
+    if fits:  # they compute the same
+        naive = gradients(trainers[NAIVE], batch)
+        shape["gradient_error"] = ((gradients(trainers[OURS], batch) - naive).norm() / naive.norm()).item()
+    shape["peak_bytes"] = {name: peak_bytes(trainer, batch) for name, trainer in taking_part.items()}
+    steps = {name: [] for name in taking_part}
+    for turn in range(rounds):
+        turns = list(taking_part.items())
+        for name, trainer in turns if turn % 2 else reversed(turns):
+            steps[name].append(step(trainer, batch))
+    for i, clock in enumerate(("seconds",) if torch.cuda.is_available() else ("seconds", "cpu_seconds")):
+        shape[clock] = {name: statistics.median(found[i] for found in steps[name]) for name in steps}
+        shape["times_stock" if clock == "seconds" else "times_stock_cpu"] = {
+            name: statistics.median(a[i] / b[i] for a, b in zip(found, steps[STOCK], strict=True))
+            for name, found in steps.items()
+        }
+    return shape
+
+
 def main(
-    vocabulary: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 150_000,
-    rows: Annotated[int, typer.Option(help="Completions in a batch.")] = 1,
+    vocabulary: Annotated[list[int], typer.Option(help="Size of the vocabulary; may be given again.")] = (150_000,),
+    rows: Annotated[list[int], typer.Option(help="Completions in a batch; may be given again.")] = (1,),
     tokens: Annotated[list[int], typer.Option(help="Tokens of a completion; may be given again.")] = (128, 512, 2048),
+    alone: Annotated[list[int], typer.Option(help="Tokens with which only our memory is measured.")] = (),
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 256,
     layers: Annotated[int, typer.Option(help="Its depth.")] = 2,
     rounds: Annotated[int, typer.Option(help="Measured rounds of steps.")] = 3,
@@ -166,42 +197,29 @@ def main(
     """Time and memory of a step with an exact KL, against stock TRL and a naive implementation."""
     set_seed(0)
     shapes = []
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(folder, vocabulary, hidden, layers, max(tokens) + 16)
-        trainers = {
-            STOCK: make_trainer(trl.GRPOTrainer, trl.GRPOConfig, folder),
-            OURS: make_trainer(kl_plugins.trl.GRPOTrainer, kl_plugins.trl.GRPOConfig, folder, kl="exact_in_reward"),
-            NAIVE: make_trainer(Naive, trl.GRPOConfig, folder),
-        }
-        drift = [0.02 * torch.randn_like(p) for p in trainers[OURS].ref_model.parameters()]
-        with torch.no_grad():
-            for trainer in trainers.values():
-                for p, change in zip(trainer.ref_model.parameters(), drift, strict=True):
-                    p.add_(change)
-        for length in tokens:
-            batch = make_batch(trainers[OURS], rows, length, vocabulary)
-            fits = rows * length * vocabulary * 4 / 2**30 <= naive_gib
-            taking_part = {name: trainer for name, trainer in trainers.items() if fits or name != NAIVE}
-            shape = {"tokens": length, "reference_hidden_bytes": batch["kl_ref_hidden"].nbytes}
-            if fits:  # they compute the same
-                naive = gradients(trainers[NAIVE], batch)
-                shape["gradient_error"] = ((gradients(trainers[OURS], batch) - naive).norm() / naive.norm()).item()
-            shape["peak_bytes"] = {name: peak_bytes(trainer, batch) for name, trainer in taking_part.items()}
-            seconds = {name: [] for name in taking_part}
-            for turn in range(rounds):
-                turns = list(taking_part.items())
-                for name, trainer in turns if turn % 2 else reversed(turns):
-                    seconds[name].append(step(trainer, batch))
-            shape["seconds"] = {name: statistics.median(found) for name, found in seconds.items()}
-            shape["times_stock"] = {
-                name: statistics.median(a / b for a, b in zip(found, seconds[STOCK], strict=True))
-                for name, found in seconds.items()
+    for size in vocabulary:
+        base = size == vocabulary[0]
+        wanted = [(rows[0], length, rounds) for length in (tokens if base else tokens[:1])]
+        wanted += [(number, tokens[0], rounds) for number in rows[1:] if base]
+        wanted += [(rows[0], length, 0) for length in alone if base]
+        with tempfile.TemporaryDirectory() as folder:
+            make_model(folder, size, hidden, layers, max([*tokens, *alone]) + 16)
+            trainers = {
+                STOCK: make_trainer(trl.GRPOTrainer, trl.GRPOConfig, folder),
+                OURS: make_trainer(
+                    kl_plugins.trl.GRPOTrainer, kl_plugins.trl.GRPOConfig, folder, kl="exact_in_reward"
+                ),
+                NAIVE: make_trainer(Naive, trl.GRPOConfig, folder),
             }
-            shapes.append(shape)
-            print(json.dumps(shape))
+            drift = [0.02 * torch.randn_like(p) for p in trainers[OURS].ref_model.parameters()]
+            with torch.no_grad():
+                for trainer in trainers.values():
+                    for p, change in zip(trainer.ref_model.parameters(), drift, strict=True):
+                        p.add_(change)
+            for number, length, turns in wanted:
+                shapes.append(measure(trainers, number, length, size, rounds=turns, naive_gib=naive_gib))
+                print(json.dumps(shapes[-1]))
     result = {
-        "vocabulary": vocabulary,
-        "rows": rows,
         "hidden": hidden,
         "layers": layers,
         "device": torch.cuda.get_device_name()
@@ -217,17 +235,18 @@ def main(
 
 
 def show(result) -> None:
-    title = (
-        f"vocabulary {result['vocabulary']}, width {result['hidden']}, {result['layers']} layers, {result['device']}"
-    )
+    title = f"width {result['hidden']}, {result['layers']} layers, {result['device']}"
     table = Table(title=title, title_justify="left")
-    for column in ("tokens", "KL", "step, seconds", "times stock", "peak, MiB"):
+    columns = ("vocabulary", "rows", "tokens", "KL", "seconds", "times stock", "CPU times stock", "peak, MiB")
+    for column in columns:
         table.add_column(column, justify="right")
     for shape in result["shapes"]:
-        for name, seconds in shape["seconds"].items():
-            peak = f"{shape['peak_bytes'][name] / 2**20:.0f}"
-            table.add_row(str(shape["tokens"]), name, f"{seconds:.2f}", f"{shape['times_stock'][name]:.2f}", peak)
-    Console(width=110).print(table)
+        for name, peak in shape["peak_bytes"].items():
+            numbers = [shape.get(key, {}).get(name) for key in ("seconds", "times_stock", "times_stock_cpu")]
+            cells = ["" if number is None else f"{number:.2f}" for number in numbers]
+            of = [str(shape[key]) for key in ("vocabulary", "rows", "tokens")]
+            table.add_row(*of, name, *cells, f"{peak / 2**20:.0f}")
+    Console(width=120).print(table)
 
 
 def plot(result, file: Path) -> None:
@@ -236,15 +255,22 @@ def plot(result, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for name in (STOCK, OURS, NAIVE):
-        shapes = [shape for shape in result["shapes"] if name in shape["seconds"]]
-        lengths = [shape["tokens"] for shape in shapes]
-        axes[0].plot(lengths, [shape["seconds"][name] for shape in shapes], "o-", label=name)
-        axes[1].plot(lengths, [shape["peak_bytes"][name] / 2**20 for shape in shapes], "o-", label=name)
-    for axis, label in zip(axes, ("step, seconds", "peak of a step, MiB"), strict=True):
-        axis.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
-        axis.legend()
+    base = result["shapes"][0]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7))
+    for column, varied in enumerate(("tokens", "vocabulary", "rows")):
+        fixed = {"tokens", "vocabulary", "rows"} - {varied}
+        along = sorted(
+            (shape for shape in result["shapes"] if all(shape[key] == base[key] for key in fixed)),
+            key=lambda shape: shape[varied],
+        )
+        for row, (key, unit, label) in enumerate(
+            (("seconds", 1, "step, seconds"), ("peak_bytes", 2**20, "peak of a step, MiB"))
+        ):
+            for name in (STOCK, OURS, NAIVE):
+                points = [(shape[varied], shape[key][name] / unit) for shape in along if name in shape.get(key, {})]
+                axes[row][column].plot(*zip(*points, strict=True) if points else ([], []), "o-", label=name)
+            axes[row][column].set(xlabel=varied, ylabel=label, xscale="log", yscale="log")
+    axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=150)
 

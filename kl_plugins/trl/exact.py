@@ -3,7 +3,8 @@
 TRL scores completions from hidden states and the LM head's weight, in tiles (`add_fused_lm_head`). Its kernel is
 called with all that the next-token distributions are made of, as TRL itself reads it off the model: hidden states,
 weight and bias, temperature, softcapping and scale. `recorded` keeps these arguments of the passes that TRL makes
-anyway; `kl_plugins.heads.head_kl` makes the KL of them.
+anyway; `kl_plugins.heads.head_kl` makes the KL of them. Where the reference's hidden states are there before the pass,
+`kl_plugins.heads.head_scores` makes the log-probs in the kernel's stead, and the KL with them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from torch import Tensor
 from trl.trainer import utils as host
 
 from kl_plugins.errors import PatchError
-from kl_plugins.heads import Head
+from kl_plugins.heads import Head, head_scores
 
 KERNEL = "_ChunkedLogProbFunction"
 # Where a parameter's gradient may have two sources, and its weight is whole outside of the model's forward.
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# Where TRL's kernel doesn't round logits: its log-probs at rollout and ours in training must not differ by that.
+FUSED = torch.float32
+OUTPUTS = (("log_probs", "entropy"),)  # what TRL asks of a policy
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +37,19 @@ class Scored:
     hidden: Tensor
     """(B, T, H): what each completion token was predicted from, with its graph if it has one; junk at padding."""
     head: Head
+    kl: Tensor | None = None
+    """(B, T) divergences from the `Reference` that the scoring was given, with their graph; 0 at padding."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """What a policy's scoring is to be compared with."""
+
+    hidden: Tensor
+    """(B, T, H)."""
+    head: Head
+    of: str
+    """`"reverse_kl"` or `"forward_kl"`."""
 
 
 @dataclass(eq=False)
@@ -43,7 +60,8 @@ class Passes:
     attention_mask: Tensor  # (B, prompt + T)
     length: int  # T
     batch_size: int
-    calls: list[tuple[Tensor, Head]] = field(default_factory=list)
+    reference: Reference | None = None
+    calls: list[tuple[Tensor, Head, Tensor | None]] = field(default_factory=list)
 
     def apply(
         self,
@@ -57,7 +75,7 @@ class Passes:
         logit_scale: float = 1.0,
         *outputs: Any,
     ) -> Any:
-        """TRL's own, called with the same."""
+        """TRL's own, called with the same; ours, if there is a reference and the kernel would round no logits."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         head = Head(
@@ -68,10 +86,36 @@ class Passes:
             temperature=temperature,
             dtype=dtype,
         )
-        self.calls.append((hidden, head))
+        if self.reference is not None and dtype == FUSED and outputs == OUTPUTS:
+            kl, logp, entropy = self._fused(hidden, head, targets, self.reference)
+            self.calls.append((hidden, head, kl))
+            return logp, entropy, None, None, None
+        self.calls.append((hidden, head, None))
         return self.kernel.apply(
             hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, *outputs
         )
+
+    def _fused(self, hidden: Tensor, head: Head, targets: Tensor, reference: Reference) -> tuple[Tensor, ...]:
+        """(b, T) divergences, and (N,) log-probs and entropies in TRL's dtype: of completions, 0 elsewhere."""
+        first = len(self.calls) * self.batch_size
+        batch = slice(first, first + self.batch_size)
+        counted = self.attention_mask[batch, -self.length :].bool()
+        ref_hidden = reference.hidden[batch].to(hidden.device)[counted]
+        if len(hidden) == len(ref_hidden):  # as `_by_position` has it
+            rows = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        else:
+            rows = torch.nn.functional.pad(counted, (len(hidden) // len(counted) - self.length, 0)).flatten()
+        kl, logp, entropy = head_scores(
+            reference.of,
+            hidden=hidden[rows],
+            head=head,
+            ref_hidden=ref_hidden,
+            ref_head=reference.head,
+            targets=targets[rows],
+        )
+        zeros = torch.zeros(len(hidden), device=hidden.device)
+        logp, entropy = (zeros.masked_scatter(rows, x.float()) for x in (logp, entropy))
+        return kl.new_zeros(counted.shape).masked_scatter(counted, kl), logp, entropy
 
     def together(self) -> Scored:
         """All calls in one."""
@@ -81,8 +125,11 @@ class Passes:
                 f"TRL was expected to score {len(rows)} times through its fused LM head, found {len(self.calls)}: "
                 "install a tested version, or use a KL that is not exact"
             )
-        hidden = [_by_position(found, counted) for (found, _), counted in zip(self.calls, rows, strict=True)]
-        return Scored(hidden=torch.cat(hidden), head=self.calls[-1][1])
+        hidden = [_by_position(found, counted) for (found, _, _), counted in zip(self.calls, rows, strict=True)]
+        kl = [found for _, _, found in self.calls if found is not None]
+        return Scored(
+            hidden=torch.cat(hidden), head=self.calls[-1][1], kl=torch.cat(kl) if len(kl) == len(rows) else None
+        )
 
 
 def _by_position(hidden: Tensor, counted: Tensor) -> Tensor:
@@ -95,12 +142,21 @@ def _by_position(hidden: Tensor, counted: Tensor) -> Tensor:
 
 @contextmanager
 def recorded(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    reference: Reference | None,
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    logits_to_keep: int,
+    *args: Any,
+    **kwargs: Any,
 ) -> Iterator[Passes]:
-    """What the fused LM head is called with while TRL scores completions; the arguments are those of its method."""
+    """What the fused LM head is called with while TRL scores completions; the arguments are those of its method.
+
+    With a `reference`, the KL to it is made in the same pass if it can be.
+    """
     batch_size = (args[0] if args else kwargs.get("batch_size")) or len(input_ids)
     kernel = getattr(host, KERNEL)
-    passes = Passes(kernel, attention_mask, logits_to_keep, batch_size)
+    passes = Passes(kernel, attention_mask, logits_to_keep, batch_size, reference)
     setattr(host, KERNEL, passes)
     try:
         yield passes

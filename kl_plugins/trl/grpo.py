@@ -38,7 +38,7 @@ class KLInGRPO(KLTrainer):
         def like_the_host(host_kl: Tensor) -> Tensor:
             return self._reduced(added[0], inputs)
 
-        with self._logps_seen_by(see, times=1), host_kl_replaced(self, like_the_host):
+        with self._logps_seen_by(see, times=1, inputs=inputs), host_kl_replaced(self, like_the_host):
             return super()._compute_loss(model, inputs)
 
     def _reduced(self, term: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -58,7 +58,7 @@ class KLInRLOO(KLTrainer):
             else:
                 added.append(float(self.beta) * terms.loss.sum(-1).mean())
 
-        with self._logps_seen_by(see, times=1):
+        with self._logps_seen_by(see, times=1, inputs=inputs):
             loss = super()._compute_loss(model, inputs)
         return loss + added[0] if added else loss
 

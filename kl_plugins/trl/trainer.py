@@ -19,7 +19,7 @@ from kl_plugins.leave_out import equal_reward_rows, left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
-from kl_plugins.trl.exact import Scored, distribution_problems, recorded
+from kl_plugins.trl.exact import Reference, Scored, distribution_problems, recorded
 from kl_plugins.trl.reference import (
     MovingReference,
     adapters_of,
@@ -46,6 +46,7 @@ class KLTrainer:
     _exact = False  # whether the KL is summed over the vocabulary
     _scored: tuple[Scored, ...] = ()  # the host's latest scoring passes, if it is
     _reference_head: Head | None = None
+    _compared_with: Reference | None = None  # what the scoring pass of a micro-batch is, if it is
     length_normalized = ""
     """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
 
@@ -108,7 +109,7 @@ class KLTrainer:
         if not self._exact:
             scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         else:
-            with recorded(*args, **kwargs) as passes:
+            with recorded(self._compared_with, *args, **kwargs) as passes:
                 scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
             self._scored += (passes.together(),)
         if self._on_logps is not None:
@@ -145,8 +146,11 @@ class KLTrainer:
             self.kl_reference.load(Path(resume_from_checkpoint))
 
     @contextmanager
-    def _logps_seen_by(self, see: Callable[[Tensor], None], times: int):
-        """Show `see` the (B, T) log-probs that the host's own forward passes return while this is active."""
+    def _logps_seen_by(self, see: Callable[[Tensor], None], times: int, inputs: dict[str, Any] | None = None):
+        """Show `see` the (B, T) log-probs that the host's own forward passes return while this is active.
+
+        With the `inputs` of a micro-batch, an exact KL to the reference is made in these passes.
+        """
         seen = []
 
         def on_logps(logps: Tensor) -> None:
@@ -154,10 +158,15 @@ class KLTrainer:
             see(logps)
 
         self._on_logps = on_logps
+        if self._exact and inputs is not None and "kl_ref_hidden" in inputs:
+            assert self._reference_head is not None
+            self._compared_with = Reference(
+                hidden=inputs["kl_ref_hidden"], head=self._reference_head, of=self.kl_spec.loss.exact
+            )
         try:
             yield
         finally:
-            self._on_logps = None
+            self._on_logps = self._compared_with = None
         if len(seen) != times:
             raise PatchError(
                 f"{type(self).__name__} was expected to score the completions {times} times here, found {len(seen)}: "
@@ -222,6 +231,9 @@ class KLTrainer:
     def _exact_kl(self, mask: Tensor, ref_hidden: Tensor) -> ExactKL:
         """(B, T) of the policy, whose scoring was the last: the gradient flows into its hidden states and its head."""
         scored, self._scored = self._scored[-1], ()
+        if scored.kl is not None:
+            value = torch.where(mask.bool(), scored.kl, 0.0)
+            return ExactKL(value=value, outside=torch.zeros_like(mask).bool(), of=self.kl_spec.loss.exact)
         assert self._reference_head is not None
         return head_kl(
             self.kl_spec,

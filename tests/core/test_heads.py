@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kl_plugins import ConfigError, KLSpec, exact_kl, heads
-from kl_plugins.heads import Head, head_kl
+from kl_plugins.heads import Head, head_kl, head_scores
 
 SPECS = [KLSpec.from_name("exact_as_loss"), KLSpec.from_name("exact_forward_as_loss")]
 V, H = 37, 8
@@ -38,17 +38,18 @@ def case(dtype, *, bias=False, scale=3.0, **options):
     return {"hidden": hidden, "head": policy, "ref_hidden": ref_hidden, "ref_head": head(), "mask": mask}, leaves
 
 
+def logits_of(hidden, head):
+    y = hidden @ head.weight.t() + (0 if head.bias is None else head.bias)
+    y = y * head.scale
+    return (y if head.softcap is None else head.softcap * torch.tanh(y / head.softcap)) / head.temperature
+
+
 def dense(spec, inputs):
     """Naive: all logits, and autograd through log_softmax."""
-
-    def logp(hidden, head):
-        y = hidden @ head.weight.t() + (0 if head.bias is None else head.bias)
-        y = y * head.scale
-        return (
-            (y if head.softcap is None else head.softcap * torch.tanh(y / head.softcap)) / head.temperature
-        ).log_softmax(-1)
-
-    p, r = logp(inputs["hidden"], inputs["head"]), logp(inputs["ref_hidden"], inputs["ref_head"])
+    p, r = (
+        logits_of(inputs[hidden], inputs[head]).log_softmax(-1)
+        for hidden, head in (("hidden", "head"), ("ref_hidden", "ref_head"))
+    )
     kl = (p.exp() * (p - r)).sum(-1) if spec.loss.exact == "reverse_kl" else (r.exp() * (r - p)).sum(-1)
     return kl * inputs["mask"]
 
@@ -81,6 +82,64 @@ def test_values_and_gradients_are_the_dense_ones(spec, options, dtype, tolerance
         if forgotten in options:
             plain = replace(inputs["head"], **{forgotten: 1.0 if forgotten == "temperature" else None})
             assert (head_kl(spec, **inputs | {"head": plain}).value - wanted).norm() > 1e-2 * wanted.norm()
+
+
+def scored(spec, inputs):
+    """(3, 7) log-probs, entropies and divergences of `head_scores`; the first two from dense logits."""
+    counted = inputs["mask"]
+    targets = torch.randint(0, V, counted.shape, generator=torch.Generator().manual_seed(2))
+    kl, logp, entropy = head_scores(
+        spec.loss.exact,
+        hidden=inputs["hidden"][counted],
+        ref_hidden=inputs["ref_hidden"][counted],
+        targets=targets[counted],
+        **{name: inputs[name] for name in ("head", "ref_head")},
+    )
+    found = [torch.zeros(3, 7, dtype=kl.dtype).masked_scatter(counted, x) for x in (logp, entropy, kl)]
+    log_p = logits_of(inputs["hidden"], inputs["head"]).log_softmax(-1)
+    wanted = log_p.gather(-1, targets[..., None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+    return found, [x * counted for x in wanted]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_in_one_pass_with_the_log_probs(spec, options, dtype, tolerance):
+    """All three outputs, and the gradient of any two or three of them, as by `head_kl` and from dense logits."""
+    inputs, leaves = case(dtype, **options)
+    found, wanted = scored(spec, inputs)
+    wanted = [*wanted, head_kl(spec, **inputs).value]
+    above = torch.randn(3, 3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+    def gradient(outputs, parts):
+        loss = sum((above[i] * outputs[i]).sum() for i in parts)
+        return torch.autograd.grad(loss, leaves, retain_graph=True)
+
+    for parts in ((0, 2), (0, 1, 2), (1, 2), (0,)):
+        expected = gradient(wanted, parts)
+        for a, b in zip(gradient(found, parts), expected, strict=True):
+            assert (a - b).norm() <= tolerance * b.norm()
+        for less in range(len(parts) if len(parts) > 1 else 0):  # the twin: each of them has a part in it
+            without = gradient(found, parts[:less] + parts[less + 1 :])
+            assert all((a - b).norm() > 1e-2 * b.norm() for a, b in zip(without, expected, strict=True))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_log_probs_keep_their_gradient_where_tokens_are_excluded(spec):
+    """Of the divergence, inf or not, nothing reaches what it isn't defined for."""
+    inputs, leaves = case(torch.float64, bias=True)
+    with torch.no_grad():
+        inputs["ref_head"].bias[:12] = -math.inf  # more than a tile
+    (logp, _, kl), (wanted, _) = scored(spec, inputs)
+    assert kl[inputs["mask"]].isinf().all() == (spec.loss.exact == "reverse_kl")
+    torch.testing.assert_close(logp, wanted, rtol=1e-12, atol=1e-12)
+    finite = torch.where(kl.isfinite(), kl, 0.0).sum()
+    alone = head_kl(spec, **inputs).value
+    expected = torch.autograd.grad(wanted.sum() + torch.where(alone.isfinite(), alone, 0.0).sum(), leaves)
+    for a, b in zip(torch.autograd.grad(logp.sum() + finite, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -212,3 +271,5 @@ def test_what_is_refused():
     short = replace(inputs["ref_head"], weight=inputs["ref_head"].weight[:-1])
     with pytest.raises(ConfigError, match="has 37 tokens, the reference's 36"):
         head_kl(SPECS[0], **inputs | {"ref_head": short})
+    with pytest.raises(ConfigError, match="has 37 tokens, the reference's 36"):
+        scored(SPECS[0], inputs | {"ref_head": short})

@@ -17,7 +17,8 @@ from trl.trainer import utils as host
 
 from kl_plugins import ConfigError, PatchError, heads, hosts, leave_one_out_baseline
 from kl_plugins.exact import ExactKL
-from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, exact
+from kl_plugins.trl.trainer import KLTrainer
 
 KERNEL = host._ChunkedLogProbFunction
 REDUCED = {
@@ -278,6 +279,78 @@ def test_micro_batches_of_a_rollout_add_up(make_trainer, prompts):
     assert parts[0]["kl_ref_hidden"].shape == (4, *batch["kl_ref_hidden"].shape[1:])
     split = sum(kl_part(trainer, part)[1] for part in parts) / 4
     assert_close(split, whole)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"temperature": 0.6}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+def test_one_pass_makes_what_two_make(make_trainer, prompts, variant, monkeypatch, cls, name, options):
+    """TRL's log-probs, entropies and loss, and the whole gradient, with the KL made apart and in the same pass."""
+    config = {"final_logit_softcapping": options["softcap"]} if "softcap" in options else {}
+    more = {"temperature": options["temperature"]} if "temperature" in options else {}
+    trainer = make_trainer(cls, policy=variant(**config), kl=name, **more)
+    batch = rollout(trainer, prompts)
+    mask = batch["completion_mask"]
+    shown, own = [], KLTrainer._get_per_token_logps_and_entropies
+
+    def see(self, *args, **kwargs):
+        shown.append(own(self, *args, **kwargs)[:2])
+        return *shown[-1], None
+
+    monkeypatch.setattr(KLTrainer, "_get_per_token_logps_and_entropies", see)
+    loss, gradient = loss_and_gradients(trainer, batch)
+    calls = []
+    with monkeypatch.context() as unfused:
+        unfused.setattr(exact, "OUTPUTS", ())
+        unfused.setattr(KERNEL, "apply", lambda *args, apply=KERNEL.apply: calls.append(args) or apply(*args))
+        apart_loss, apart = loss_and_gradients(trainer, batch)
+    assert len(calls) == 1  # the twin: only then was it TRL's kernel that scored
+    for a, b in zip(*shown, strict=True):
+        torch.testing.assert_close(a * mask, b * mask, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, apart_loss, rtol=1e-5, atol=1e-6)
+    assert_close(gradient, apart, 1e-5)
+
+
+def test_an_entropy_bonus_reaches_the_gradient_of_one_pass(make_trainer, prompts, monkeypatch):
+    found = {}
+    for coefficient in (0.0, 0.5):
+        trainer = make_trainer(GRPOTrainer, kl="exact_in_reward", entropy_coef=coefficient)
+        batch = rollout(trainer, prompts)
+        _, found[coefficient] = loss_and_gradients(trainer, batch)
+        with monkeypatch.context() as unfused:
+            unfused.setattr(exact, "OUTPUTS", ())
+            _, apart = loss_and_gradients(trainer, batch)
+        assert_close(found[coefficient], apart, 1e-5)
+    assert (found[0.0] - found[0.5]).norm() > 1e-2 * found[0.0].norm()
+
+
+def test_scoring_in_smaller_batches(make_trainer, prompts, monkeypatch):
+    """A subclass may score a micro-batch by parts: each part is compared with its own rows of the reference."""
+    trainer = make_trainer(GRPOTrainer, kl="exact_in_reward")
+    batch = rollout(trainer, prompts)
+    _, whole = loss_and_gradients(trainer, batch)
+    own = KLTrainer._get_per_token_logps_and_entropies
+
+    def by_parts(self, *args, **kwargs):
+        return own(self, *args, **kwargs, batch_size=3)
+
+    monkeypatch.setattr(KLTrainer, "_get_per_token_logps_and_entropies", by_parts)
+    assert_close(loss_and_gradients(trainer, batch)[1], whole, 1e-5)
+    monkeypatch.setattr(KLTrainer, "_get_per_token_logps_and_entropies", own)
+    batch["kl_ref_hidden"] = batch["kl_ref_hidden"].roll(1, 0)  # the twin
+    wrong = loss_and_gradients(trainer, batch)[1]
+    assert (wrong - whole).norm() > 1e-3 * whole.norm()
+
+
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+def test_rows_of_completions_only(make_trainer, prompts, monkeypatch, cls):
+    """As TRL has the hidden states where it has Triton."""
+    trainer = make_trainer(cls, kl="exact_in_reward")
+    batch = rollout(trainer, prompts)
+    assert 0 < batch["completion_mask"].sum() < batch["completion_mask"].numel()
+    _, wanted = loss_and_gradients(trainer, batch)
+    monkeypatch.setattr(host, "_use_triton", lambda device: True)
+    assert_close(loss_and_gradients(trainer, batch)[1], wanted, 1e-5)
 
 
 class Largest(TorchDispatchMode):
