@@ -175,7 +175,8 @@ def _loaded(trainer: Any, name: str) -> Any:
                 f"causal language model; 'base' and '{ADAPTER}NAME' stand for what LoRA has"
             ) from error
     sizes = [m.get_output_embeddings().weight.shape[0] for m in (trainer.model, model)]
-    exact = trainer.kl_spec is not None and trainer.kl_spec.loss.exact
+    spec = getattr(trainer, "kl_spec", None)  # TRL's own trainers, which may be watched, have none
+    exact = spec is not None and spec.loss.exact
     if sizes[0] != sizes[1] and (exact or not same_tokens):
         why = "the KL is summed over all of them" if exact else "no tokenizer is saved with it"
         raise ConfigError(
