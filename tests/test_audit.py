@@ -660,7 +660,8 @@ def test_ctrl_c_of_the_real_command(folders, tmp_path):
     words = ["--model", folders / "policy", "--reference", folders / "reference", "--prompts", prompts, "--no-hosts"]
     words += ["--max-prompts", "2000", "--out", tmp_path / "out"]
     program = (
-        "import sys, typer\n"
+        "import signal, sys, typer\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "from kl_plugins.audit import command\n"
         "from kl_plugins.audit.model import Pair\n"
         "sample = Pair.sample\n"
@@ -672,7 +673,7 @@ def test_ctrl_c_of_the_real_command(folders, tmp_path):
     for _ in range(4):
         next(drawn)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=300)
+    process.communicate(timeout=120)
     assert process.returncode == 130
     assert strict(tmp_path / "out" / "audit.json")["status"] == "partial"
 
