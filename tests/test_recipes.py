@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 def test_all_are_tested_here():
     here = ["benchmark.py", "benchmark_openrlhf.py", "compare.py", "gradients.py", "grpo.py", "make_math_model.py"]
-    here += ["openrlhf_math.py", "rloo.py", "benchmark_exact.py"]
+    here += ["openrlhf_math.py", "rloo.py", "benchmark_exact.py", "benchmark_monitor.py"]
     elsewhere = ["openrlhf.sh", "ppo.py"]  # tests/openrlhf/test_run_*.py and test_recipe_flags.py, tests/ppo
     assert sorted(path.name for path in RECIPES.glob("*.[ps][yh]")) == sorted(here + elsewhere)
     assert sorted(path.name for path in RECIPES.rglob("*.yaml")) == ["grpo.yaml"]
@@ -137,6 +137,15 @@ def test_benchmark_exact(folder):
     assert all(shape["gradient_error"] < 1e-4 for shape in (*compared, another))
     assert len(alone["peak_bytes"]) == 1
     assert (folder / "runs" / "benchmark_exact.png").is_file()
+
+
+def test_benchmark_monitor(folder):
+    start("benchmark_monitor.py", "--vocabulary", 3000, "--rows", 2, "--tokens", 40, "--steps", 3, folder=folder)
+    result = json.loads((folder / "runs" / "benchmark_monitor.json").read_text())
+    assert len(result["steps"]) == 3
+    for row in result["steps"].values():
+        assert row["time_ratio"]["lowest"] <= row["time_ratio"]["median"] <= row["time_ratio"]["highest"]
+        assert row["own_milliseconds"] > 0
 
 
 def test_benchmark(folder):

@@ -262,22 +262,23 @@ class KLTrainer:
         are functions of *other* samples, so that it doesn't matter that the policy has moved on when they are used.
         """
         ref_logp, mask = inputs["ref_per_token_logps"], completion_mask(inputs)
-        with torch.no_grad():
-            kl = self._exact_kl(mask, inputs["kl_ref_hidden"]).value if self._exact else torch.zeros_like(ref_logp)
+        exact = {}
+        if self._exact:
+            with torch.no_grad():
+                exact["exact"] = self._exact_kl(mask, inputs["kl_ref_hidden"]).value
         logp = torch.where(logp.isnan(), ref_logp, logp)  # a token the engine did not score
         group_size = self._group_size()
         if group_size < 2:  # evaluation may generate one completion a prompt
             return torch.zeros_like(logp)
         rows, length = mask.shape
-        tensors = {"logp": logp, "ref_logp": ref_logp, "mask": mask, "kl": kl, **self._left_out(inputs)}
+        tensors = {"logp": logp, "ref_logp": ref_logp, "mask": mask, **exact, **self._left_out(inputs)}
         pooled = torch.stack([tensor.to(logp.dtype) for tensor in tensors.values()], dim=-1)
         pooled = self.accelerator.gather(self.accelerator.pad_across_processes(pooled, dim=1))
-        whole = dict(zip(tensors, pooled.unbind(-1), strict=True))
-        kl = whole.pop("kl")
-        exact = ExactKL(value=kl, outside=torch.zeros_like(kl).bool(), of=self.kl_spec.loss.exact)
-        baseline = leave_one_out_baseline(
-            self.kl_spec, **whole, group_size=group_size, exact=exact if self._exact else None
-        )
+        whole: dict[str, Any] = dict(zip(tensors, pooled.unbind(-1), strict=True))
+        if self._exact:
+            kl = whole["exact"]
+            whole["exact"] = ExactKL(value=kl, outside=torch.zeros_like(kl).bool(), of=self.kl_spec.loss.exact)
+        baseline = leave_one_out_baseline(self.kl_spec, **whole, group_size=group_size)
         first = rows * self.accelerator.process_index
         return baseline[first : first + rows, :length]
 

@@ -94,7 +94,7 @@ TERMS = {
 
 
 def test_tokens_left_out_of_the_term_in_the_loss(make_trainer, moved, rollout):
-    trainer, found = moved(kl="k1_in_reward", kl_placement="loss", kl_off_policy="none", kl_leave_out=["eos", "5"])
+    trainer, found = moved(kl="k1_in_reward", kl_placement="loss", kl_off_policy="none", kl_leave_out=["eos", "id:5"])
     fresh = make_trainer(dtype=torch.float64)
     logp = forward(fresh.policy_model, rollout[0])
     out = ((rollout[0] == EOS) | (rollout[0] == 5)) & MASK
