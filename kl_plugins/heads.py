@@ -124,7 +124,7 @@ class _Head(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
             found = []
-            for rows in _slices(len(hidden), ROWS, hidden.device):
+            for rows in _row_tiles(hidden):
                 here = None if targets is None else targets[rows]
                 found.append(_statistics(hidden[rows], ref_hidden[rows], here, head, ref_head, of))
         dtype = torch.promote_types(head.dtype, torch.float32)
@@ -151,9 +151,9 @@ class _Head(torch.autograd.Function):
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         )
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _slices(len(hidden), ROWS, hidden.device):
+            for rows in _row_tiles(hidden):
                 here = None if targets is None else targets[rows]
-                for columns in _slices(len(weight), COLUMNS, hidden.device):
+                for columns in _column_tiles(hidden[rows], weight):
                     at = hidden[rows], ref_hidden[rows], here, head, ref_head, columns
                     gradient = _gradient(
                         *at, folded[rows], weights[rows], ctx.of, entropy=above[2] is not None, clean=ctx.clean
@@ -199,7 +199,7 @@ def _fold(
     gap = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
     weighted, target = gap, torch.zeros_like(gap)
     sums, tops = [gap, gap], [torch.full_like(gap, torch.finfo(dtype).min)] * 2
-    for columns in _slices(len(head.weight), COLUMNS, hidden.device):
+    for columns in _column_tiles(hidden, head.weight):
         z, ref_z = head.tile(hidden, columns)[0], ref_head.tile(ref_hidden, columns)[0].to(dtype)
         before = tops
         tops = [torch.maximum(top, x.amax(-1)) for top, x in zip(before, (z, ref_z), strict=True)]
@@ -293,6 +293,19 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _slices(length: int, size: int, device: torch.device) -> list[slice]:
-    size = size if device.type == "cpu" else WIDER * size
+def _row_tiles(hidden: Tensor) -> list[slice]:
+    return _slices(len(hidden), ROWS * _wider(hidden))
+
+
+def _column_tiles(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """For the rows of a tile: of fewer it has more columns."""
+    wider = _wider(hidden)
+    return _slices(len(weight), COLUMNS * wider * max(1, ROWS * wider // max(1, len(hidden))))
+
+
+def _wider(hidden: Tensor) -> int:
+    return 1 if hidden.device.type == "cpu" else WIDER
+
+
+def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -5,15 +5,19 @@ in one process. Time is the median ratio of steps of one round, on the clock and
 CPU seconds, which other processes disturb less. Memory is the peak of one step above what was held before it, as
 torch's allocator (GPU) or profiler (CPU) counts it; the gradient of the LM head's weight, which every implementation
 holds, is part of it. The naive implementation writes out both models' logits and differentiates through log_softmax;
-it is left out of shapes whose logits need more than --naive-gib. With --alone only ours runs, once, for its memory.
+it is left out of shapes whose logits need more than --naive-gib. The floor is the time that the products alone would
+take at the rate of one large product, timed in the same process: 2 x rows x tokens x vocabulary x hidden FLOPs for
+each of TRL's 4 and our 6 products with the LM head, 6 a parameter and token for the body.
 The first of each of --vocabulary, --rows and --tokens is the shape that the others are varied from, one at a time.
-Writes runs/benchmark_exact.json and runs/benchmark_exact.png.
+Writes runs/benchmark_exact.json and runs/benchmark_exact.svg.
 
-Hardware: a CPU (12 GiB) or one GPU. Takes: about 10 minutes on one core.
+Hardware: a CPU (16 GiB) or one GPU. Takes: 7 to 11 minutes on 2 cores.
 Launch: python recipes/benchmark_exact.py [--vocabulary 150000] [--tokens 128 --tokens 512] [--hidden 64] [--rounds 3]
 A body with three times the head's FLOPs: --vocabulary 32000 --hidden 512 --layers 12 --tokens 64
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import statistics
@@ -36,8 +40,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import kl_plugins.trl
 
-STOCK, OURS, NAIVE = "stock TRL, k3", "exact_in_reward", "naive exact_in_reward"
+STOCK, OURS, NAIVE = "stock TRL, k3", "exact_in_reward", "naive"
+# With an LM head: its logits, twice, and two gradients; ours: also the reference's logits, twice.
+PRODUCTS = {STOCK: 4, OURS: 6}
 BETA = 0.04
+PROMPT = 16  # tokens
+TOKENS = (128, 8, 32, 512, 2048, 8192)
+VOCABULARIES = (150_000, 50_000, 15_000)
 
 
 class Naive(trl.GRPOTrainer):
@@ -104,17 +113,17 @@ def make_trainer(cls, config, folder: str, **options):
 def make_batch(trainer, rows: int, tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
     """Off-policy; the reference has been scored, as TRL does at rollout."""
     device = trainer.accelerator.device
-    ids = torch.randint(3, vocabulary, (rows, tokens + 16), device=device)
-    mask = torch.ones_like(ids[:, 16:])
+    ids = torch.randint(3, vocabulary, (rows, tokens + PROMPT), device=device)
+    mask = torch.ones_like(ids[:, PROMPT:])
     arguments = ids, torch.ones_like(ids), tokens
     trainer._scored = ()
     with torch.no_grad():
         logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, *arguments)
         ref_logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, *arguments)
     batch = {
-        "prompt_ids": ids[:, :16],
-        "prompt_mask": torch.ones_like(ids[:, :16]),
-        "completion_ids": ids[:, 16:],
+        "prompt_ids": ids[:, :PROMPT],
+        "prompt_mask": torch.ones_like(ids[:, :PROMPT]),
+        "completion_ids": ids[:, PROMPT:],
         "completion_mask": mask,
         "advantages": torch.randn(rows, device=device),
         "num_items_in_batch": mask.sum(),
@@ -150,23 +159,52 @@ def peak_bytes(trainer, batch) -> int:
     return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
-def gradients(trainer, batch) -> torch.Tensor:
-    step(trainer, batch)
-    return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+def gradient(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def measure(trainers, rows: int, tokens: int, vocabulary: int, *, rounds: int, naive_gib: float) -> dict:
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of returning them: page faults would be half of stock TRL's time."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def flops_a_second(hidden: int) -> float:
+    """Of the fastest of twenty large products with this inner dimension, in the dtype that training multiplies in."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(2048, hidden, device=device, dtype=dtype), torch.randn(hidden, 4096, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ b
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048 * hidden * 4096 / min(seconds)
+
+
+def floor_flops(model, rows: int, tokens: int) -> dict[str, int]:
+    """FLOPs of the matrix products that a step can't do without, recomputation of logits included."""
+    vocabulary, hidden = model.lm_head.weight.shape
+    body = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
+    by_body = 6 * body * rows * (tokens + PROMPT)
+    return {name: by_body + times * 2 * rows * tokens * vocabulary * hidden for name, times in PRODUCTS.items()}
+
+
+def measure(trainers, rows: int, tokens: int, vocabulary: int, *, rounds: int, naive_gib: float, rate: float) -> dict:
     batch = make_batch(trainers[OURS], rows, tokens, vocabulary)
     shape = {"vocabulary": vocabulary, "rows": rows, "tokens": tokens}
     shape["reference_hidden_bytes"] = batch["kl_ref_hidden"].nbytes
-    if not rounds:
-        return shape | {"peak_bytes": {OURS: peak_bytes(trainers[OURS], batch)}}
     fits = rows * tokens * vocabulary * 4 / 2**30 <= naive_gib
     taking_part = {name: trainer for name, trainer in trainers.items() if fits or name != NAIVE}
-    if fits:  # they compute the same
-        naive = gradients(trainers[NAIVE], batch)
-        shape["gradient_error"] = ((gradients(trainers[OURS], batch) - naive).norm() / naive.norm()).item()
     shape["peak_bytes"] = {name: peak_bytes(trainer, batch) for name, trainer in taking_part.items()}
+    if fits:  # they compute the same
+        ours, naive = gradient(trainers[OURS].model), gradient(trainers[NAIVE].model)
+        shape["gradient_error"] = ((ours - naive).norm() / naive.norm()).item()
     steps = {name: [] for name in taking_part}
     for turn in range(rounds):
         turns = list(taking_part.items())
@@ -178,32 +216,33 @@ def measure(trainers, rows: int, tokens: int, vocabulary: int, *, rounds: int, n
             name: statistics.median(a[i] / b[i] for a, b in zip(found, steps[STOCK], strict=True))
             for name, found in steps.items()
         }
+    floors = floor_flops(trainers[OURS].model, rows, tokens).items()
+    shape["floor_seconds"] = {name: flops / rate for name, flops in floors}
     return shape
 
 
 def main(
-    vocabulary: Annotated[list[int], typer.Option(help="Size of the vocabulary; may be given again.")] = (150_000,),
-    rows: Annotated[list[int], typer.Option(help="Completions in a batch; may be given again.")] = (1,),
-    tokens: Annotated[list[int], typer.Option(help="Tokens of a completion; may be given again.")] = (128, 512, 2048),
-    alone: Annotated[list[int], typer.Option(help="Tokens with which only our memory is measured.")] = (),
+    vocabulary: Annotated[list[int], typer.Option(help="Size of the vocabulary; may be given again.")] = VOCABULARIES,
+    rows: Annotated[list[int], typer.Option(help="Completions in a batch; may be given again.")] = (1, 2, 4),
+    tokens: Annotated[list[int], typer.Option(help="Tokens of a completion; may be given again.")] = TOKENS,
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 256,
     layers: Annotated[int, typer.Option(help="Its depth.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Measured rounds of steps.")] = 3,
-    naive_gib: Annotated[float, typer.Option(help="Largest logits (GiB) that the naive one is tried with.")] = 0.5,
+    rounds: Annotated[int, typer.Option(help="Rounds of steps at the first shape; fewer at larger ones.")] = 5,
+    naive_gib: Annotated[float, typer.Option(help="Largest logits (GiB) that the naive one is tried with.")] = 1.2,
     output: Annotated[Path, typer.Option(help="Where the numbers go, as JSON; the plot beside it.")] = Path(
         "runs/benchmark_exact.json"
     ),
 ) -> None:
     """Time and memory of a step with an exact KL, against stock TRL and a naive implementation."""
     set_seed(0)
-    shapes = []
+    keep_freed_memory()
+    shapes, rate = [], flops_a_second(hidden)
     for size in vocabulary:
         base = size == vocabulary[0]
-        wanted = [(rows[0], length, rounds) for length in (tokens if base else tokens[:1])]
-        wanted += [(number, tokens[0], rounds) for number in rows[1:] if base]
-        wanted += [(rows[0], length, 0) for length in alone if base]
+        wanted = [(rows[0], length) for length in (tokens if base else tokens[:1])]
+        wanted += [(number, tokens[0]) for number in rows[1:] if base]
         with tempfile.TemporaryDirectory() as folder:
-            make_model(folder, size, hidden, layers, max([*tokens, *alone]) + 16)
+            make_model(folder, size, hidden, layers, max(tokens) + PROMPT)
             trainers = {
                 STOCK: make_trainer(trl.GRPOTrainer, trl.GRPOConfig, folder),
                 OURS: make_trainer(
@@ -216,8 +255,11 @@ def main(
                 for trainer in trainers.values():
                     for p, change in zip(trainer.ref_model.parameters(), drift, strict=True):
                         p.add_(change)
-            for number, length, turns in wanted:
-                shapes.append(measure(trainers, number, length, size, rounds=turns, naive_gib=naive_gib))
+            for trainer in trainers.values():  # a first step sets up more than itself
+                step(trainer, make_batch(trainers[OURS], 1, 8, size))
+            for number, length in wanted:
+                turns = min(rounds, max(1, rounds * rows[0] * tokens[0] // (number * length)))
+                shapes.append(measure(trainers, number, length, size, rounds=turns, naive_gib=naive_gib, rate=rate))
                 print(json.dumps(shapes[-1]))
     result = {
         "hidden": hidden,
@@ -225,24 +267,27 @@ def main(
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"CPU, {torch.get_num_threads()} threads",
+        "flops_a_second": rate,
         "versions": {"torch": torch.__version__, "trl": trl.__version__},
         "shapes": shapes,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")
     show(result)
-    plot(result, output.with_suffix(".png"))
+    plot(result, output.with_suffix(".svg"))
 
 
 def show(result) -> None:
     title = f"width {result['hidden']}, {result['layers']} layers, {result['device']}"
     table = Table(title=title, title_justify="left")
-    columns = ("vocabulary", "rows", "tokens", "KL", "seconds", "times stock", "CPU times stock", "peak, MiB")
-    for column in columns:
+    columns = ["vocabulary", "rows", "tokens", "KL", "seconds", "times stock", "CPU times stock"]
+    for column in (*columns, "times floor", "peak, MiB"):
         table.add_column(column, justify="right")
     for shape in result["shapes"]:
         for name, peak in shape["peak_bytes"].items():
             numbers = [shape.get(key, {}).get(name) for key in ("seconds", "times_stock", "times_stock_cpu")]
+            floor = shape["floor_seconds"].get(name)
+            numbers.append(floor and shape["seconds"][name] / floor)
             cells = ["" if number is None else f"{number:.2f}" for number in numbers]
             of = [str(shape[key]) for key in ("vocabulary", "rows", "tokens")]
             table.add_row(*of, name, *cells, f"{peak / 2**20:.0f}")
@@ -269,10 +314,13 @@ def plot(result, file: Path) -> None:
             for name in (STOCK, OURS, NAIVE):
                 points = [(shape[varied], shape[key][name] / unit) for shape in along if name in shape.get(key, {})]
                 axes[row][column].plot(*zip(*points, strict=True) if points else ([], []), "o-", label=name)
+            if key == "seconds":
+                points = [(shape[varied], shape["floor_seconds"][OURS]) for shape in along]
+                axes[row][column].plot(*zip(*points, strict=True), ":", color="gray", label="floor of exact_in_reward")
             axes[row][column].set(xlabel=varied, ylabel=label, xscale="log", yscale="log")
     axes[0][0].legend()
     figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    figure.savefig(file)
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def test_how_often_sampling_is_better():
         )
         ratios.append(exactly / sampled)
     ratios.sort()
-    assert 0.01 < sum(ratio > 1 for ratio in ratios) / len(ratios) < 0.1
+    assert sum(ratio > 1 for ratio in ratios) == 21  # as the README says
     assert 0.1 < ratios[len(ratios) // 2] < 0.3
 
 
