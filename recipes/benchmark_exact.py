@@ -5,9 +5,11 @@ in one process. Time is the median ratio of steps of one round, on the clock and
 CPU seconds, which other processes disturb less. Memory is the peak of one step above what was held before it, as
 torch's allocator (GPU) or profiler (CPU) counts it; the gradient of the LM head's weight, which every implementation
 holds, is part of it. The naive implementation writes out both models' logits and differentiates through log_softmax;
-it is left out of shapes whose logits need more than --naive-gib. The floor is the time that the products alone would
-take at the rate of one large product, timed in the same process: 2 x rows x tokens x vocabulary x hidden FLOPs for
-each of TRL's 4 and our 6 products with the LM head, 6 a parameter and token for the body.
+it is left out of shapes whose logits need more than --naive-gib. On a CPU, freed memory is kept for reuse, as a GPU's
+allocator does: with glibc's default, page faults make the others' large tensors slower yet.
+The floor of a step is what its passes over the head must take, 4 of TRL's and 6 of ours: the greater of the FLOPs of
+their products and the bytes of the head, at the rates of one large product and of a copy in the same process, and the
+body's products.
 The first of each of --vocabulary, --rows and --tokens is the shape that the others are varied from, one at a time.
 Writes runs/benchmark_exact.json and runs/benchmark_exact.svg.
 
@@ -172,30 +174,40 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def flops_a_second(hidden: int) -> float:
-    """Of the fastest of twenty large products with this inner dimension, in the dtype that training multiplies in."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = torch.randn(2048, hidden, device=device, dtype=dtype), torch.randn(hidden, 4096, device=device, dtype=dtype)
+def fastest(call) -> float:
+    """Seconds of the fastest of twenty."""
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        a @ b
+        call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return 2 * 2048 * hidden * 4096 / min(seconds)
+    return min(seconds)
 
 
-def floor_flops(model, rows: int, tokens: int) -> dict[str, int]:
-    """FLOPs of the matrix products that a step can't do without, recomputation of logits included."""
-    vocabulary, hidden = model.lm_head.weight.shape
+def rates(hidden: int) -> dict[str, float]:
+    """FLOPs a second of a large product with this inner dimension, in training's dtype; bytes a second of a copy."""
+    kind = {"device": "cuda", "dtype": torch.bfloat16} if torch.cuda.is_available() else {}
+    a, b = torch.randn(2048, hidden, **kind), torch.randn(hidden, 4096, **kind)
+    source = torch.randn(2**26, **kind)
+    target = torch.empty_like(source)
+    return {
+        "flops_a_second": 2 * 2048 * hidden * 4096 / fastest(lambda: a @ b),
+        "bytes_a_second": 2 * source.nbytes / fastest(lambda: target.copy_(source)),
+    }
+
+
+def floor_seconds(model, rows: int, tokens: int, rates: dict[str, float]) -> dict[str, float]:
+    """Of a step, recomputation of logits included. Each product with a head also reads it, or adds to its gradient."""
+    weight = model.lm_head.weight
     body = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
-    by_body = 6 * body * rows * (tokens + PROMPT)
-    return {name: by_body + times * 2 * rows * tokens * vocabulary * hidden for name, times in PRODUCTS.items()}
+    by_body = 6 * body * rows * (tokens + PROMPT) / rates["flops_a_second"]
+    product = 2 * rows * tokens * weight.numel() / rates["flops_a_second"]
+    return {name: by_body + n * max(product, weight.nbytes / rates["bytes_a_second"]) for name, n in PRODUCTS.items()}
 
 
-def measure(trainers, rows: int, tokens: int, vocabulary: int, *, rounds: int, naive_gib: float, rate: float) -> dict:
+def measure(trainers, rows: int, tokens: int, vocabulary: int, *, rounds: int, naive_gib: float, best: dict) -> dict:
     batch = make_batch(trainers[OURS], rows, tokens, vocabulary)
     shape = {"vocabulary": vocabulary, "rows": rows, "tokens": tokens}
     shape["reference_hidden_bytes"] = batch["kl_ref_hidden"].nbytes
@@ -216,8 +228,7 @@ def measure(trainers, rows: int, tokens: int, vocabulary: int, *, rounds: int, n
             name: statistics.median(a[i] / b[i] for a, b in zip(found, steps[STOCK], strict=True))
             for name, found in steps.items()
         }
-    floors = floor_flops(trainers[OURS].model, rows, tokens).items()
-    shape["floor_seconds"] = {name: flops / rate for name, flops in floors}
+    shape["floor_seconds"] = floor_seconds(trainers[OURS].model, rows, tokens, best)
     return shape
 
 
@@ -236,7 +247,7 @@ def main(
     """Time and memory of a step with an exact KL, against stock TRL and a naive implementation."""
     set_seed(0)
     keep_freed_memory()
-    shapes, rate = [], flops_a_second(hidden)
+    shapes, best = [], rates(hidden)
     for size in vocabulary:
         base = size == vocabulary[0]
         wanted = [(rows[0], length) for length in (tokens if base else tokens[:1])]
@@ -258,8 +269,8 @@ def main(
             for trainer in trainers.values():  # a first step sets up more than itself
                 step(trainer, make_batch(trainers[OURS], 1, 8, size))
             for number, length in wanted:
-                turns = min(rounds, max(1, rounds * rows[0] * tokens[0] // (number * length)))
-                shapes.append(measure(trainers, number, length, size, rounds=turns, naive_gib=naive_gib, rate=rate))
+                turns = min(rounds, max(2, rounds * rows[0] * tokens[0] // (number * length)))
+                shapes.append(measure(trainers, number, length, size, rounds=turns, naive_gib=naive_gib, best=best))
                 print(json.dumps(shapes[-1]))
     result = {
         "hidden": hidden,
@@ -267,7 +278,7 @@ def main(
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"CPU, {torch.get_num_threads()} threads",
-        "flops_a_second": rate,
+        **best,
         "versions": {"torch": torch.__version__, "trl": trl.__version__},
         "shapes": shapes,
     }
@@ -299,6 +310,7 @@ def plot(result, file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     base = result["shapes"][0]
     figure, axes = plt.subplots(2, 3, figsize=(12, 7))
@@ -318,8 +330,12 @@ def plot(result, file: Path) -> None:
                 points = [(shape[varied], shape["floor_seconds"][OURS]) for shape in along]
                 axes[row][column].plot(*zip(*points, strict=True), ":", color="gray", label="floor of exact_in_reward")
             axes[row][column].set(xlabel=varied, ylabel=label, xscale="log", yscale="log")
-    axes[0][0].legend()
-    figure.tight_layout()
+            axes[row][column].set_xticks([shape[varied] for shape in along], [f"{shape[varied]:,}" for shape in along])
+            axes[row][column].minorticks_off()
+            axes[row][column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes[row][column].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(file)
 
 
