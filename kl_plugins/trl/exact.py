@@ -4,7 +4,8 @@ TRL scores completions from hidden states and the LM head's weight, in tiles (`a
 called with all that the next-token distributions are made of, as TRL itself reads it off the model: hidden states,
 weight and bias, temperature, softcapping and scale. `recorded` keeps these arguments of the passes that TRL makes
 anyway; `kl_plugins.heads.head_kl` makes the KL of them. Where the reference's hidden states are there before the pass,
-`kl_plugins.heads.head_scores` makes the log-probs in the kernel's stead, and the KL with them.
+`kl_plugins.heads.head_scores` makes the log-probs in the kernel's stead, and the KL with them. A KL that needs a pass
+of its own is computed by TRL's kernel for divergences where that is a Triton kernel, on GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor
 from trl.trainer import utils as host
 
 from kl_plugins.errors import PatchError
-from kl_plugins.heads import Head, head_scores
+from kl_plugins.exact import ExactKL
+from kl_plugins.heads import Head, head_kl, head_scores
+from kl_plugins.spec import KLSpec
 
 KERNEL = "_ChunkedLogProbFunction"
 # Where a parameter's gradient may have two sources, and its weight is whole outside of the model's forward.
@@ -28,6 +31,8 @@ DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MU
 # Where TRL's kernel doesn't round logits: its log-probs at rollout and ours in training must not differ by that.
 FUSED = torch.float32
 OUTPUTS = (("log_probs", "entropy"),)  # what TRL asks of a policy
+TRITON = ("cuda", "xpu")  # where TRL's kernels are Triton's
+BETAS = {"reverse_kl": 1.0, "forward_kl": 0.0}  # what TRL's kernel for divergences calls them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,6 +143,38 @@ def _by_position(hidden: Tensor, counted: Tensor) -> Tensor:
     if len(hidden) != counted.sum():
         return hidden.view(batch, -1, hidden.size(-1))[:, -length:]
     return hidden.new_zeros(batch, length, hidden.size(-1)).index_put((counted,), hidden)
+
+
+def exact_kl_of(spec: KLSpec, scored: Scored, *, ref_hidden: Tensor, ref_head: Head, mask: Tensor) -> ExactKL:
+    """The KL of a scoring to the reference, of (B, T, H) hidden states: that of the same pass if it was made there."""
+    head, value = scored.head, scored.kl
+    if value is None and mask.device.type in TRITON and head.dtype != torch.float64:
+        value = _by_host(spec.loss.exact, scored, ref_hidden, ref_head, mask.bool())
+    if value is None:
+        return head_kl(spec, hidden=scored.hidden, head=head, ref_hidden=ref_hidden, ref_head=ref_head, mask=mask)
+    counted = mask.bool()
+    return ExactKL(value=torch.where(counted, value, 0.0), outside=torch.zeros_like(counted), of=spec.loss.exact)
+
+
+def _by_host(of: str, scored: Scored, ref_hidden: Tensor, ref_head: Head, counted: Tensor) -> Tensor | None:
+    """(B, T) by TRL's kernel; None where a model excludes a token, for which it has no defined result."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # not in TRL below 1.16
+
+    head = scored.head
+    arguments = [
+        scored.hidden[counted].to(head.dtype),
+        head.weight,
+        head.bias,
+        ref_hidden[counted].to(ref_head.dtype),
+        ref_head.weight,
+        ref_head.bias,
+        BETAS[of],
+        head.temperature,
+        *(head.scale, head.softcap, ref_head.scale, ref_head.softcap),
+    ]
+    with torch.autocast(counted.device.type, enabled=False):
+        found, _ = ChunkedDivergenceFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+    return found.new_zeros(counted.shape).masked_scatter(counted, found) if found.isfinite().all() else None
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from transformers.utils import logging
 
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.exact import ExactKL
-from kl_plugins.heads import Head, head_kl
+from kl_plugins.heads import Head
 from kl_plugins.leave_out import equal_reward_rows, left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
-from kl_plugins.trl.exact import Reference, Scored, distribution_problems, recorded
+from kl_plugins.trl.exact import Reference, Scored, distribution_problems, exact_kl_of, recorded
 from kl_plugins.trl.reference import (
     MovingReference,
     adapters_of,
@@ -231,18 +231,8 @@ class KLTrainer:
     def _exact_kl(self, mask: Tensor, ref_hidden: Tensor) -> ExactKL:
         """(B, T) of the policy, whose scoring was the last: the gradient flows into its hidden states and its head."""
         scored, self._scored = self._scored[-1], ()
-        if scored.kl is not None:
-            value = torch.where(mask.bool(), scored.kl, 0.0)
-            return ExactKL(value=value, outside=torch.zeros_like(mask).bool(), of=self.kl_spec.loss.exact)
         assert self._reference_head is not None
-        return head_kl(
-            self.kl_spec,
-            hidden=scored.hidden,
-            head=scored.head,
-            ref_hidden=ref_hidden,
-            ref_head=self._reference_head,
-            mask=mask,
-        )
+        return exact_kl_of(self.kl_spec, scored, ref_hidden=ref_hidden, ref_head=self._reference_head, mask=mask)
 
     def _keep_reference(self, output: dict[str, Any]) -> None:
         """Put the reference's hidden states, its pass at rollout being the last, into the batch as `kl_ref_hidden`.

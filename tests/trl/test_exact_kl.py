@@ -311,6 +311,46 @@ def test_one_pass_makes_what_two_make(make_trainer, prompts, variant, monkeypatc
     assert_close(gradient, apart, 1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"temperature": 0.6}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_hosts_kernel_of_gpus(make_trainer, prompts, variant, monkeypatch, name, options):
+    """Where TRL's kernels are Triton's, a KL in a pass of its own is TRL's; here as its kernel does it in torch."""
+    config = {"final_logit_softcapping": options["softcap"]} if "softcap" in options else {}
+    more = {"temperature": options["temperature"]} if "temperature" in options else {}
+    trainer = make_trainer(GRPOTrainer, policy=variant(**config), kl=name, **more)
+    monkeypatch.setattr(exact, "OUTPUTS", ())
+    batch = rollout(trainer, prompts)
+    _, ours = kl_part(trainer, batch)
+    monkeypatch.setattr(exact, "TRITON", ("cpu",))
+    monkeypatch.setattr(exact, "head_kl", None)
+    _, theirs = kl_part(trainer, batch)
+    assert_close(theirs, ours, 1e-5)
+    assert_close(theirs, dense(trainer, batch, **NAMES[name], **options))
+    monkeypatch.setitem(exact.BETAS, "reverse_kl", 0.0)  # the twin
+    monkeypatch.setitem(exact.BETAS, "forward_kl", 1.0)
+    _, wrong = kl_part(trainer, batch)
+    assert (wrong - theirs).norm() > 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_the_hosts_kernel_of_gpus_in_half_precision(make_trainer, prompts, monkeypatch, fallback):
+    """Under autocast, what GPUs train with; where a token is excluded, ours makes the KL."""
+    trainer = make_trainer(GRPOTrainer, kl="exact_as_loss", bf16=True)
+    if fallback:
+        for model in (trainer.model, trainer.ref_model):
+            model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.lm_head.weight)))
+            with torch.no_grad():
+                model.lm_head.bias[-1] = -math.inf
+    batch = rollout(trainer, prompts)
+    _, ours = kl_part(trainer, batch)
+    calls, own = [], exact.head_kl
+    monkeypatch.setattr(exact, "TRITON", ("cpu",))
+    monkeypatch.setattr(exact, "head_kl", lambda *args, **more: calls.append(args) or own(*args, **more))
+    _, theirs = kl_part(trainer, batch)
+    assert bool(calls) == fallback
+    assert_close(theirs, ours, 1e-6 if fallback else 3e-2)  # the gradient without the term is taken off in bfloat16
+
+
 def test_an_entropy_bonus_reaches_the_gradient_of_one_pass(make_trainer, prompts, monkeypatch):
     found = {}
     for coefficient in (0.0, 0.5):
