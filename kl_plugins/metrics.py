@@ -4,8 +4,9 @@ Names as in the project's contract: `kl/k1`, `kl/k2`, `kl/k3` are plain token me
 detached, unweighted), `kl/loss` is beta times the token mean of the term's value (before the host's own reduction),
 `kl/ess` the effective sample size (sum w)^2 / sum w^2 as a share of tokens, `kl/clipped` the share of weights cut,
 `kl/unscored` and `kl/dropped` counts of tokens. Where tokens are left out of the KL, those means are over the others,
-`kl/left_out` is their share of all tokens and `kl/left_out_k1` their own mean. All are over everything since the last
-log; `kl/beta` is the coefficient that is in force now (after a controller's update).
+`kl/left_out` is their share of all tokens and `kl/left_out_k1` their own mean, with 0 for one that the reference could
+not score. All are over everything since the last log; `kl/beta` is the coefficient that is in force now (after a
+controller's update).
 """
 
 from __future__ import annotations
@@ -41,8 +42,11 @@ def controlled(controller: Controller, sums: Tensor) -> float:
     return controller.update(kl_sum=total["k1"], tokens=total["tokens"], sequences=total["sequences"])
 
 
-def kl_metrics(sums: Tensor, *, weight_max: Tensor, beta: float) -> dict[str, float]:
-    """The logged numbers, as Python floats (one device sync). A batch without a counted token gives zeros."""
+def kl_metrics(sums: Tensor, *, weight_max: Tensor, beta: float, leaves_out: bool = False) -> dict[str, float]:
+    """The logged numbers, as Python floats (one device sync). A batch without a counted token gives zeros.
+
+    `leaves_out`: tokens may be left out in this run, so that `kl/left_out` is logged also where it is 0.
+    """
     *values, largest = torch.cat([sums, weight_max.reshape(1).to(sums.dtype)]).tolist()
     total = dict(zip(SUMS, values, strict=True))
     tokens = max(total["tokens"], 1.0)
@@ -60,7 +64,8 @@ def kl_metrics(sums: Tensor, *, weight_max: Tensor, beta: float) -> dict[str, fl
         "kl/dropped": total["dropped"],
         "kl/beta": beta,
     }
-    if total["left_out"]:
+    if leaves_out or total["left_out"]:
         metrics["kl/left_out"] = total["left_out"] / weighed
+    if total["left_out"]:
         metrics["kl/left_out_k1"] = total["left_out_k1"] / total["left_out"]
     return metrics

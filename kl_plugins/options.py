@@ -104,6 +104,10 @@ class KLOptions:
             "costs those before it is known for sampled log-ratios only; use kl_credit='token' or kl='k1_in_reward'",
         )
 
+    def leaves_out(self) -> bool:
+        """Whether anything may be left out of the KL."""
+        return bool(self.kl_leave_out) or self.kl_leave_out_equal_rewards
+
     def controller_problems(self, beta: float) -> tuple[str, ...]:
         """What `controller` refuses."""
         try:

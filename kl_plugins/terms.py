@@ -38,7 +38,7 @@ class KLTerms:
     """(B, T). What multiplies the score: `weight * coefficient`, except with `off_policy="prefix"` and credit
     `"to_go"` or `"sequence"`, where each log-ratio carries the weight of the prefix it was drawn with."""
     log_ratio: Tensor
-    """(B, T), nats. `logp - ref_logp`."""
+    """(B, T), nats. `logp - ref_logp`; 0 also at a left-out token that the reference could not score."""
     mask: Tensor
     """(B, T) bool. The tokens that counted: `mask` less what `nonfinite="drop"` dropped."""
     cut: Tensor
@@ -69,7 +69,8 @@ def kl_terms(
     Args:
         spec: The configuration.
         logp: (B, T), nats, the current policy's, with its graph. Half precision is cast to float32 here, once.
-        ref_logp: (B, T), nats, the frozen reference's.
+        ref_logp: (B, T), nats, the frozen reference's. It may be -inf or NaN at a left-out token of which nothing
+            else is used either: every one under credit `"token"`, otherwise those of `left_out_positions`.
         mask: (B, T) of 0 and 1 (or bool), 1 where the token counts. A masked position contributes exactly nothing,
             whatever it holds.
         behavior_logp: (B, T), nats, of the policy that sampled the tokens: the rollout engine's own if known, else
@@ -81,7 +82,7 @@ def kl_terms(
             sum_v m_v (p_v log(p_v / r_v) - p_v + r_v), which is 0 only where policy and reference agree on them.
             Under credit `"to_go"` and `"sequence"` a left-out token still answers for what follows it, and for what
             comes before it its cost is 1 - exp(-u), whose mean is what leaving it out changes of that divergence
-            (bounded at `spec.left_out_bound`).
+            (bounded at `spec.left_out_bound`): there the reference has to score it.
         left_out_positions: (B, T) of 0 and 1, 1 where it is left out because of where it stands, whatever token it
             is; it may depend on what comes before. Such a token costs nothing and answers for what follows.
         exact: For the exact configurations, and only for them: `kl_plugins.exact_kl` of the same batch.
@@ -97,11 +98,12 @@ def kl_terms(
             configuration whose later costs are no log-ratios; an exact configuration without `exact`, or with one
             that was made for another.
     """
-    logp, ref_logp, behavior_logp, counted, dropped = _checked(spec, logp, ref_logp, mask, behavior_logp, exact)
+    logp, ref_logp, behavior_logp, counted, dropped, left_out = _checked(
+        spec, logp, ref_logp, mask, behavior_logp, exact, tokens=left_out_tokens, positions=left_out_positions
+    )
     log_ratio = (logp - ref_logp).detach()
     unscored = behavior_logp.isnan()
     log_rho = torch.where(unscored, 0.0, logp.detach() - behavior_logp)
-    left_out = _LeftOut.of(spec, counted, tokens=left_out_tokens, positions=left_out_positions)
 
     if exact is not None:
         return _exact_terms(
@@ -192,8 +194,9 @@ def leave_one_out_baseline(
     and the log-probs at rollout. It is a function of other samples, so that the expected gradient stays what it was
     when the policy has moved on. Arguments and errors as those of `kl_terms`.
     """
-    logp, ref_logp, _, counted, _ = _checked(spec, logp.detach(), ref_logp, mask, None, exact)
-    left_out = _LeftOut.of(spec, counted, tokens=left_out_tokens, positions=left_out_positions)
+    logp, ref_logp, _, counted, _, left_out = _checked(
+        spec, logp.detach(), ref_logp, mask, None, exact, tokens=left_out_tokens, positions=left_out_positions
+    )
     if exact is not None:
         _, _, _, credited = _exact_credit(spec, exact, logp - ref_logp, counted & ~left_out.any)
     else:
@@ -226,6 +229,14 @@ class _LeftOut:
         by_position = nothing if positions is None else counted & positions.bool()
         by_token = nothing if tokens is None else counted & tokens.bool() & ~by_position
         return cls(any=by_position | by_token, by_token=by_token)
+
+    def without_reference(self, credit: str | None) -> Tensor:
+        """(B, T) bool. Where the reference's log-prob is in no term."""
+        return self.any if credit == "token" else self.any & ~self.by_token
+
+    def among(self, counted: Tensor) -> _LeftOut:
+        """Those of them that are counted."""
+        return _LeftOut(any=self.any & counted, by_token=self.by_token & counted)
 
 
 def _credited(
@@ -349,9 +360,12 @@ def _checked(
     ref_logp: Tensor,
     mask: Tensor,
     behavior_logp: Tensor | None,
-    exact: ExactKL | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Inputs in full precision with 0 at every position that doesn't count, the counted and the dropped positions."""
+    exact: ExactKL | None,
+    *,
+    tokens: Tensor | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, _LeftOut]:
+    """Inputs in full precision with 0 at every position that doesn't count; those counted, dropped and left out."""
     _check_exact(spec, exact)
     behavior_logp = logp.detach() if behavior_logp is None else behavior_logp.detach()
     more = {} if exact is None else {"exact_kl": exact.value.detach()}
@@ -362,6 +376,9 @@ def _checked(
     if logp.requires_grad and narrow < torch.finfo(dtype).max:  # the gradient is cast back, and must not become inf
         logp.register_hook(lambda gradient: gradient.clamp(-narrow, narrow))
     counted = mask.bool()
+    left_out = _LeftOut.of(spec, counted, tokens=tokens, positions=positions)
+    unused = left_out.without_reference(spec.credit) & ~ref_logp.isfinite()
+    ref_logp = torch.where(unused, logp.detach(), ref_logp)
     not_binary = (mask != 0) & (mask != 1)
     nonfinite = counted & ~(logp.isfinite() & ref_logp.isfinite() & ~behavior_logp.isinf())
     for kl in more.values():
@@ -375,7 +392,7 @@ def _checked(
         )
     counted = counted & ~nonfinite
     logp, ref_logp, behavior_logp = (torch.where(counted, x, 0.0) for x in (logp, ref_logp, behavior_logp))
-    return logp, ref_logp, behavior_logp, counted, nonfinite
+    return logp, ref_logp, behavior_logp, counted, nonfinite, left_out.among(counted)
 
 
 def _same_shape(tensors: dict[str, Tensor]) -> None:

@@ -199,7 +199,8 @@ def _metrics(trainer: Any, beta: float) -> dict[str, Any]:
     sums, largest = over_ranks(trainer, *(trainer.kl_plugins_sums or (torch.zeros(len(SUMS)), torch.zeros(()))))
     if not sums.any():
         return {}
-    metrics: dict[str, Any] = dict(kl_metrics(sums, weight_max=largest, beta=beta))
-    if plan_of(trainer.args).in_reward:  # OpenRLHF's own ratio and clip apply, and are logged by it
+    plan = plan_of(trainer.args)
+    metrics: dict[str, Any] = dict(kl_metrics(sums, weight_max=largest, beta=beta, leaves_out=plan.leaves_out))
+    if plan.in_reward:  # OpenRLHF's own ratio and clip apply, and are logged by it
         metrics = {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
     return metrics | {KL_SUMS: sums.cpu()}

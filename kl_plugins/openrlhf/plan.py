@@ -78,6 +78,11 @@ class Plan(RunPlan):
     waived: tuple[str, ...]
     """What is wrong with the run, but was let through by `kl_allow_biased`."""
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether anything may be left out of the KL."""
+        return self.left_out != LeftOut() or self.leave_out_equal_rewards
+
 
 def plan_run(options: OpenRLHFOptions, args: Any) -> RunPlan:
     """Check `options` against OpenRLHF's parsed (hierarchical) `args`, and put the plan into them.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kl_plugins.errors import PatchError
-from kl_plugins.leave_out import LeftOut
 from kl_plugins.openrlhf.plan import Plan
 
 # Called with (log_probs, log_probs_base, kl), each (B, T).
@@ -61,7 +60,7 @@ EQUAL_REWARDS = "kl/equal_rewards"
 
 def left_out_of(plan: Plan, experience: Any) -> dict[str, Any]:
     """The masks of what the plan leaves out of the KL, (B, T) each; empty if nothing is left out."""
-    if plan.left_out == LeftOut() and not plan.leave_out_equal_rewards:
+    if not plan.leaves_out:
         return {}
     mask, rows = experience.action_mask, None
     if plan.leave_out_equal_rewards:

@@ -326,7 +326,7 @@ class KLInPPO:
         sums = self.accelerator.reduce(self._kl_sums, reduction="sum")
         largest = self.accelerator.gather(self._kl_weight_max).max()
         self._kl_sums = self._kl_weight_max = None
-        metrics = kl_metrics(sums, weight_max=largest, beta=self.kl_beta)
+        metrics = kl_metrics(sums, weight_max=largest, beta=self.kl_beta, leaves_out=self.args.leaves_out())
         if not self.args.kl_in_reward or self._kl_scale is None:
             return metrics
         metrics = {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}

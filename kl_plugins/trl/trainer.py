@@ -300,7 +300,7 @@ class KLTrainer:
             return {}
         sums = self.accelerator.reduce(self._kl_sums.pop(mode), reduction="sum")
         weight_max = self.accelerator.gather(self._kl_weight_max.pop(mode)).max()
-        metrics = kl_metrics(sums, weight_max=weight_max, beta=float(self.beta))
+        metrics = kl_metrics(sums, weight_max=weight_max, beta=float(self.beta), leaves_out=self.args.leaves_out())
         if self.kl_spec.clip == "combined":  # TRL's own ratio and clip apply, and are logged by TRL
             return {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
         return metrics

@@ -7,8 +7,10 @@ import torch
 
 from kl_plugins import KLSpec, kl_terms
 from kl_plugins.errors import ConfigError
+from kl_plugins.exact import ExactKL
 from kl_plugins.metrics import SUMS, kl_metrics, kl_sums
 from kl_plugins.oracle import RTOL, enumerate_sequences, expected_gradient, relative_error, structured_policies
+from kl_plugins.terms import leave_one_out_baseline
 
 UNBOUNDED = (0.0, math.inf)
 TOKENS = pytest.mark.parametrize("tokens", [(0,), (1,), (0, 2)], ids=str)
@@ -139,6 +141,27 @@ def test_leave_one_out_keeps_the_gradient():
     assert relative_error(grouped, plain) <= RTOL
 
 
+@pytest.mark.parametrize("name", ["k1_in_reward", "exact_in_reward"])
+def test_a_baseline_made_beforehand_is_that_of_the_batch(name):
+    generator = torch.Generator().manual_seed(0)
+    logp, ref_logp = (torch.randn(4, 5, generator=generator) - 3 for _ in range(2))
+    spec = KLSpec.from_name(name, baseline="leave_one_out")
+    inputs = {"logp": logp, "ref_logp": ref_logp, "mask": torch.tensor([[1] * 5, [1] * 5, [1] * 3 + [0] * 2, [1] * 5])}
+    masks = {"left_out_positions": torch.tensor([[1, 0, 0, 0, 0], [1] * 5, [0] * 5, [0, 1, 0, 0, 0]])}
+    if spec.loss.exact:
+        outside = torch.zeros(4, 5, dtype=torch.bool)
+        inputs["exact"] = ExactKL(value=(logp - ref_logp).square(), outside=outside, of=spec.loss.exact)
+    else:
+        masks["left_out_tokens"] = torch.tensor([[0, 0, 0, 1, 0], [0] * 5, [1, 0, 0, 0, 0], [0, 0, 1, 0, 0]])
+    found = kl_terms(spec, baseline=leave_one_out_baseline(spec, group_size=2, **inputs, **masks), **inputs, **masks)
+    wanted = kl_terms(spec, group_size=2, **inputs, **masks)
+    torch.testing.assert_close(found.coefficient, wanted.coefficient)
+    for name in masks:  # twins
+        twin = leave_one_out_baseline(spec, group_size=2, **inputs, **{n: m for n, m in masks.items() if n != name})
+        other = kl_terms(spec, baseline=twin, **inputs, **masks)
+        assert (other.coefficient - wanted.coefficient).abs().max() > 0.1
+
+
 @TOKENS
 def test_wrong_ways_to_leave_tokens_out(tokens, steered, exact):
     """Twins: a masked token, a zeroed log-ratio, and a cost of 1 - exp(-u) to the token itself, too."""
@@ -206,6 +229,73 @@ def test_metrics_show_what_was_left_out():
     assert metrics["kl/left_out"] == pytest.approx(1 / 3)
     assert metrics["kl/left_out_k1"] == pytest.approx(4.0)
     assert metrics["kl/ess"] == pytest.approx(1.0)
+
+
+def test_metrics_where_whole_rows_are_left_out():
+    """Weights are of all counted tokens, the sequences of a target are those with a KL, nothing left out is 0."""
+    logp = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]])
+    terms = kl_terms(
+        KLSpec.from_name("k2_as_loss"),
+        logp=logp,
+        ref_logp=logp - 2,
+        mask=torch.ones(2, 2),
+        behavior_logp=logp - torch.tensor([[9.0, 0.0], [0.0, 0.0]]),
+        left_out_positions=torch.tensor([[0, 0], [1, 1]]),
+    )
+    sums = kl_sums(terms, beta=1.0)
+    assert dict(zip(SUMS, sums.tolist(), strict=True))["sequences"] == 1
+    assert kl_metrics(sums, weight_max=terms.weight.max(), beta=1.0)["kl/clipped"] == 1 / 4
+    nothing = torch.zeros(len(SUMS))
+    assert kl_metrics(nothing, weight_max=nothing[0], beta=1.0, leaves_out=True)["kl/left_out"] == 0
+    assert "kl/left_out" not in kl_metrics(nothing, weight_max=nothing[0], beta=1.0)
+
+
+@pytest.mark.parametrize("options", [{"baseline": None}, {"baseline": "leave_one_out", "group_size": 2}], ids=str)
+@pytest.mark.parametrize("off_policy", ["token", "prefix", "sequence"])
+@pytest.mark.parametrize("credit", ["to_go", "sequence"])
+def test_a_row_that_is_left_out_has_no_gradient_but_for_its_baseline(credit, off_policy, options):
+    """It answers for nothing and is a 0 in the others' baseline, also where the reference can't score it."""
+    generator = torch.Generator().manual_seed(0)
+    logp, ref_logp, behavior = (torch.randn(4, 5, generator=generator) - 3 for _ in range(3))
+    rows = torch.tensor([0, 1, 0, 0])[:, None].expand(4, 5)
+    spec = KLSpec.from_name(
+        "k1_in_reward", credit=credit, off_policy=off_policy, weight_clip=UNBOUNDED, baseline=options["baseline"]
+    )
+    inputs = {"logp": logp, "mask": torch.ones(4, 5), "behavior_logp": behavior, "left_out_positions": rows}
+    inputs |= {"group_size": options.get("group_size")}
+    terms = kl_terms(spec, ref_logp=ref_logp, **inputs)
+    agreed = kl_terms(spec, ref_logp=torch.where(rows == 1, logp, ref_logp), **inputs | {"left_out_positions": None})
+    for name in ("value", "coefficient", "weight", "score_coefficient"):
+        torch.testing.assert_close(getattr(terms, name), getattr(agreed, name))
+    assert (terms.score_coefficient[1].abs().max() == 0) == (options["baseline"] is None)
+    unscored = kl_terms(spec, ref_logp=ref_logp.masked_fill(rows == 1, -math.inf), **inputs)
+    assert torch.equal(unscored.loss, terms.loss)
+
+
+@pytest.mark.parametrize("junk", [math.nan, -math.inf])
+@pytest.mark.parametrize("nonfinite", ["error", "drop"])
+@pytest.mark.parametrize(("name", "credit"), [("k2_as_loss", "token"), ("k3_as_loss", "token"), *SEQUENCE])
+def test_where_the_reference_need_not_score_a_left_out_token(name, credit, nonfinite, junk):
+    """Nowhere of what is left out by its place; by which token it is, only under credit "token"."""
+    logp, out = torch.tensor([[-1.0, -2.0, -0.5]]), torch.tensor([[0, 1, 0]])
+    spec = KLSpec.from_name(name, credit=credit, nonfinite=nonfinite)
+    scored = torch.tensor([[-1.5, -1.0, -2.0]])
+    for mask in ("left_out_positions", "left_out_tokens"):
+        inputs = {"logp": logp, "mask": torch.ones(1, 3), mask: out}
+        broken = scored.masked_fill(out == 1, junk)
+        if mask == "left_out_positions" or credit == "token":
+            found, wanted = kl_terms(spec, ref_logp=broken, **inputs), kl_terms(spec, ref_logp=scored, **inputs)
+            assert torch.equal(found.score_coefficient, wanted.score_coefficient)
+            assert torch.equal(found.left_out, out == 1)
+            assert not found.dropped.any()
+            assert kl_sums(found, beta=1.0).isfinite().all()
+        elif nonfinite == "error":
+            with pytest.raises(ValueError, match="not finite"):
+                kl_terms(spec, ref_logp=broken, **inputs)
+        else:
+            found = kl_terms(spec, ref_logp=broken, **inputs)
+            assert torch.equal(found.dropped, out == 1)
+            assert not found.left_out.any()
 
 
 def test_nothing_left_out_is_nothing_changed(case):

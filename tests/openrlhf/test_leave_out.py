@@ -9,6 +9,7 @@ from tiny_openrlhf import experience, experience_maker, gradients, made_up, step
 from kl_plugins import ConfigError, PatchError, kl_terms
 from kl_plugins.leave_out import LeftOut
 from kl_plugins.metrics import SUMS
+from kl_plugins.openrlhf.actor import _metrics
 
 
 @pytest.fixture
@@ -102,8 +103,10 @@ def test_the_step_leaves_those_groups_out(make_actor, leaving_out, hooked):
     batch.advantages = torch.zeros_like(batch.advantages)
     batch.info = {"kl/equal_rewards": list(torch.ones(8))}
     assert step(trainer, batch)[1].abs().max() == 0
+    trainer.kl_plugins_sums = None
     batch.info = {"kl/equal_rewards": list(torch.zeros(8))}
     assert step(trainer, batch)[1].abs().max() > 0
+    assert _metrics(trainer, 0.1)["kl/left_out"] == 0
     batch.info = {}
     with pytest.raises(PatchError, match="came without kl/equal_rewards"):
         step(trainer, batch)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_trl import loss_and_gradients, micro_batch
+from transformers import AddedToken
 
 from kl_plugins.errors import ConfigError
-from kl_plugins.leave_out import LeftOut, equal_reward_rows, left_out
+from kl_plugins.leave_out import LeftOut, equal_reward_rows, left_out, token_classes
 from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 TRAINERS = pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer, GMPOTrainer])
+
+BOTH = pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
 
 
 def lines(trainer, name):
@@ -33,7 +36,7 @@ def test_a_run_says_what_is_left_out(make_trainer, cls):
     trainer.train()
     assert sum(ends for ends, _ in seen) > 0
     shares = lines(trainer, "kl/left_out")
-    assert shares == pytest.approx([ends / tokens for ends, tokens in seen if ends])
+    assert shares == pytest.approx([ends / tokens for ends, tokens in seen])
     assert all(torch.isfinite(torch.tensor(lines(trainer, "kl/left_out_k1"))))
 
 
@@ -97,6 +100,39 @@ def test_the_first_token(make_trainer):
     assert terms.coefficient[:, 0].abs().max() > 0  # it answers for what follows
 
 
+def test_the_first_token_is_the_first_that_the_policy_drew(make_trainer):
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_leave_out=["first"])
+    batch = micro_batch(trainer, ragged=False)
+    tool = batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+    tool[0, :2] = tool[1, 1:3] = tool[2] = 0
+    terms = trainer.compute_kl_terms(batch["old_per_token_logps"], batch)
+    assert torch.equal(terms.mask, tool.bool())
+    assert terms.left_out.nonzero().tolist() == [[0, 2], [1, 0], *([row, 0] for row in range(3, 8))]
+
+
+@BOTH
+def test_a_left_out_token_that_the_reference_cannot_score(make_trainer, cls):
+    trainer = make_trainer(cls, kl="k1_in_reward", kl_baseline=None, kl_leave_out=["first"])
+    batch = micro_batch(trainer)
+    wanted = loss_and_gradients(trainer, batch)
+    batch["ref_per_token_logps"][:, 0] = -torch.inf
+    found = loss_and_gradients(trainer, batch)
+    assert torch.equal(found[1], wanted[1])
+    batch["ref_per_token_logps"][:, 1] = -torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        loss_and_gradients(trainer, batch)
+
+
+def test_special_tokens_are_also_those_added_as_such(make_trainer):
+    tokenizer = make_trainer(GRPOTrainer).processing_class
+    tokenizer.add_tokens([AddedToken("<turn>", special=True), AddedToken("<word>", special=False)])
+    turn, word = tokenizer.convert_tokens_to_ids(["<turn>", "<word>"])
+    assert turn not in tokenizer.all_special_ids
+    assert left_out(["special"], tokenizer=tokenizer, eos_token_id=None).token_ids == (0, 1, turn)
+    assert token_classes(tokenizer, None) == [2, 1, *[0] * 14, 2, 0]
+    assert word == turn + 1
+
+
 def test_masks_of_the_resolved_words(make_trainer):
     tokenizer = make_trainer(GRPOTrainer).processing_class
     found = left_out(
@@ -107,6 +143,8 @@ def test_masks_of_the_resolved_words(make_trainer):
     masks = found.masks(ids, torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]), rows=torch.tensor([False, True]))
     assert masks["left_out_tokens"].tolist() == [[False, True, True, True], [False] * 4]
     assert masks["left_out_positions"].tolist() == [[True, False, False, False], [True] * 4]
+    first = LeftOut(first=True).masks(ids, torch.tensor([[0, 1, 0, 1], [0] * 4]))["left_out_positions"]
+    assert first.nonzero().tolist() == [[0, 1]]
     assert LeftOut().masks(ids, ids) == {}
 
 
@@ -137,7 +175,7 @@ def test_the_reward_is_the_sum_that_is_trained_on(make_trainer, cls, weights, eq
     trainer.train()
     zero = lines(trainer, "frac_reward_zero_std")
     assert zero == [1.0 if equal else 0.0]
-    assert lines(trainer, "kl/left_out") == ([1.0] if equal else [])
+    assert lines(trainer, "kl/left_out") == ([1.0] if equal else [0.0])
 
 
 def test_a_single_completion_in_evaluation_is_no_group(make_trainer, prompts):
@@ -153,7 +191,7 @@ def test_a_single_completion_in_evaluation_is_no_group(make_trainer, prompts):
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_kl/k2"] > 0
-    assert "eval_kl/left_out" not in metrics
+    assert metrics["eval_kl/left_out"] == 0
 
 
 @pytest.mark.parametrize("words", [["<nothing>"], ["99"], ["-1"], ["1+1"], ["5"], ["id:16"], ["id:x"]])
