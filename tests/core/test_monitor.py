@@ -52,6 +52,20 @@ def test_every_number_against_plain_loops(without, dtype):
         assert found["kl/engine_unscored"] == found["kl/ratio_unscored"] == 2
 
 
+def test_left_out_tokens_are_in_no_kl_but_in_the_weights():
+    batch = made_up() | {"coefficient": torch.ones(9, 70)}
+    batch["coefficient"][:, ::3] = 0
+    left_out = batch["classes"] == 1
+    left_out[0, 3] = True  # not finite
+    found = monitor_metrics(monitor_sums(**batch, left_out=left_out))
+    whole = monitor_metrics(monitor_sums(**batch))
+    kept = monitor_metrics(monitor_sums(**batch | {"mask": batch["mask"] * ~left_out}))
+    of_policy = {name for name in whole if name.startswith(("kl/ratio", "kl/engine"))}
+    assert found == pytest.approx(kept | {name: whole[name] for name in of_policy}, rel=1e-12)
+    assert found["kl/nonfinite"] < whole["kl/nonfinite"]
+    assert found["kl/ratio_ess"] != kept["kl/ratio_ess"]
+
+
 def test_an_unmasked_mean_is_another_number():
     batch = made_up()
     ref_logp = batch["ref_logp"].nan_to_num(0.0, neginf=-1.0)
@@ -166,6 +180,7 @@ def test_tokens_whose_gradient_trls_floats_have_killed():
     batch = {"logp": u, "ref_logp": ref, "mask": torch.ones_like(u)}
     assert monitor_metrics(monitor_sums(**batch, coefficient=coefficient))["kl/dead"] == 2 / 8
     assert monitor_metrics(monitor_sums(**batch, coefficient=coefficient.double().fill_(1)))["kl/dead"] == 0
+    assert monitor_metrics(monitor_sums(**batch, coefficient=torch.zeros_like(u)))["kl/dead"] == 6 / 8
     assert "kl/dead" not in monitor_metrics(monitor_sums(**batch))
     batch["mask"] = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1]])
     assert monitor_metrics(monitor_sums(**batch, coefficient=coefficient))["kl/dead"] == 1 / 7
