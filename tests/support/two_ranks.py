@@ -73,6 +73,12 @@ for name, options in {
     trained.train()
     moved = trained.ref_model.parameters() if name == "moving" else ()
     results[f"trained {name}"] = torch.cat([parameters(trained), *(p.detach().flatten() for p in moved)])
+    if name == "left_out":
+        trained.model.train()
+        trained._kl_rewards = torch.arange(8.0).clamp(max=4)[:, None]  # of all ranks: the second group has one reward
+        rollout = {"completion_ids": torch.zeros(8 // world, 6)}
+        trained._rollout_extras(rollout)
+        results["equal rewards"] = rollout["kl_equal_rewards"]
 torch.save(results, f"{out}.{rank}")
 dist.barrier()
 dist.destroy_process_group()

@@ -47,6 +47,11 @@ def test_two_processes_have_the_gradient_of_one(results, case):
     assert results[2][1][case]["metrics"] == pytest.approx(two["metrics"])
 
 
+def test_each_rank_leaves_out_its_own_groups(results):
+    assert results[1][0]["equal rewards"].tolist() == [False] * 4 + [True] * 4
+    assert [results[2][rank]["equal rewards"].tolist() for rank in (0, 1)] == [[False] * 4, [True] * 4]
+
+
 def test_training_in_two_processes(results):
     """A whole run under DDP: both ranks took part in it, and it moved."""
     first, second = (results[2][rank]["trained"] for rank in (0, 1))

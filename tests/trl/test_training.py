@@ -241,6 +241,42 @@ def test_the_baseline_is_that_of_whole_groups_also_after_the_shuffle(make_traine
     assert first["kl_baseline"].shape == first["completion_ids"].shape  # it was shuffled and split with the rows
 
 
+def test_the_baseline_of_masked_and_unscored_tokens(make_trainer):
+    """A tool's tokens are in nobody's baseline; one that the engine did not score has a log-ratio of 0 in it."""
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_baseline="leave_one_out", kl_leave_out=["id:5"])
+    batch = micro_batch(trainer)
+    batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+    batch["tool_mask"][1:3, 1:3] = 0
+    logp, ref_logp = batch["old_per_token_logps"].clone(), batch["ref_per_token_logps"]
+    logp[0, 0] = logp[5, 0] = torch.nan
+    found = trainer._rollout_baseline(logp, batch)
+    scored = logp.clone()
+    scored[0, 0], scored[5, 0] = ref_logp[0, 0], ref_logp[5, 0]
+    masks = {"mask": batch["completion_mask"] * batch["tool_mask"], "left_out_tokens": batch["completion_ids"] == 5}
+    wanted = leave_one_out_baseline(trainer.kl_spec, logp=scored, ref_logp=ref_logp, group_size=4, **masks)
+    torch.testing.assert_close(found, wanted)
+    for name in masks:  # twins
+        other = masks | {name: batch["completion_mask"] if name == "mask" else masks[name] & False}
+        twin = leave_one_out_baseline(trainer.kl_spec, logp=scored, ref_logp=ref_logp, group_size=4, **other)
+        assert (twin - wanted).abs().max() > 0.05
+
+
+def test_groups_of_an_evaluation_have_its_own_size(make_trainer):
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_baseline="leave_one_out", num_generations_eval=2)
+    batch = micro_batch(trainer)
+    for training, size in ((True, 4), (False, 2)):
+        trainer.model.train(training)
+        found = trainer._rollout_baseline(batch["old_per_token_logps"], batch)
+        wanted = leave_one_out_baseline(
+            trainer.kl_spec,
+            logp=batch["old_per_token_logps"],
+            ref_logp=batch["ref_per_token_logps"],
+            mask=batch["completion_mask"],
+            group_size=size,
+        )
+        torch.testing.assert_close(found, wanted)
+
+
 @BOTH
 def test_the_policy_moves_on_but_the_baseline_stays(make_trainer, cls):
     """num_iterations > 1: u_t is recomputed with the current policy, the baseline of the rollout is kept."""
