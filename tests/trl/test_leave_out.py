@@ -154,6 +154,7 @@ def test_equal_rewards():
     assert equal_reward_rows(rewards, 2).tolist() == [True, True, False, False, False, False]
     assert equal_reward_rows(rewards[:, 0], 3).tolist() == [True] * 3 + [False] * 3
     assert equal_reward_rows(torch.tensor([0.1 + 0.7, 0.8, 1.0, -1.0]), 2).tolist() == [True, True, False, False]
+    assert equal_reward_rows(torch.tensor([-1e6, -1e6 + 0.0625, 0.0, 1e-7]), 2).all()
     assert not equal_reward_rows(rewards, 1).any()  # a group of one says nothing
 
 
