@@ -106,7 +106,7 @@ class KLTrainer:
             )
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._exact:
+        if not self._exact or self.beta == 0:  # then no term takes what would be kept
             scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         else:
             with recorded(self._compared_with, *args, **kwargs) as passes:

@@ -139,6 +139,15 @@ def test_the_term_is_the_naive_one_and_trains(make_trainer, prompts, covers, cls
 
 
 @pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+def test_nothing_is_kept_once_beta_is_0(make_trainer, cls):
+    schedule = {"kl_controller": "linear", "kl_beta_end": 0.0, "kl_beta_steps": 1}
+    trainer = make_trainer(cls, kl="exact_in_reward", num_iterations=2, max_steps=4, **schedule)
+    trainer.train()
+    assert trainer.beta == 0
+    assert trainer._scored == ()
+
+
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
 def test_in_float64_it_is_exact(make_trainer, prompts, cls):
     trainer = make_trainer(cls, kl="exact_as_loss")
     trainer.model.double()
