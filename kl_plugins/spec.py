@@ -163,10 +163,13 @@ def _is_weight_clip(weight_clip: Any) -> bool:
 def _unused_options(spec: KLSpec, loss: KLLoss, bad: Collection[str]) -> list[str]:
     """Options that were changed but that the rest of the configuration never reads."""
     scoreless = loss.exact and spec.credit == "token"  # no coefficient of the score, but for a sampled tail
+    weightless = "off_policy='none' has no weights" if spec.off_policy == "none" else ""
+    if scoreless and spec.off_policy == "token" and (spec.top_k is None or spec.tail == "bucket"):
+        weightless = "its sum is under the policy already, with weight 1 for off_policy='token'"
     unused = {
         "gamma": "only credit='to_go' discounts" if spec.credit != "to_go" else "",
-        "weight_clip": "off_policy='none' has no weights" if spec.off_policy == "none" else "",
-        "weight_clip_mode": "off_policy='none' has no weights" if spec.off_policy == "none" else "",
+        "weight_clip": weightless,
+        "weight_clip_mode": weightless,
         "clip_epsilon": "only clip='separate' and clip='combined' clip" if spec.clip is None else "",
         "coefficient_bound": "" if loss.may_overflow else "its coefficient grows no faster than the log-ratio squared",
         "baseline": "the gradient within a step is analytic and has no coefficient" if scoreless else "",

@@ -17,7 +17,8 @@ SMALL = oracle.enumerate_sequences(3, 3)
 
 def gradient(case, name, *, off=None, gamma=None, behavior="behavior", **options):
     if off not in (None, "none"):
-        options |= {"off_policy": off, "weight_clip": UNBOUNDED}
+        weightless = off == "token" and "as_loss" in name and (options.get("top_k") is None or "tail" in options)
+        options |= {"off_policy": off} | ({} if weightless else {"weight_clip": UNBOUNDED})
     if gamma is not None:
         options["gamma"] = gamma
     spec = KLSpec.from_name(name, allow_biased=True, **options)
@@ -404,11 +405,15 @@ def test_weights_are_bounded_and_their_cuts_counted(options):
     if options["off_policy"] == "none":
         return
     inputs = batch(torch.float64, scale=2.0)
+    scoreless = "as_loss" in options["name"] and (options["top_k"] is None or "tail" in options)
     for mode in ("truncate", "mask"):
-        spec = KLSpec.from_name(**options, allow_biased=True, weight_clip=(0.5, 1.5), weight_clip_mode=mode)
-        terms = computed(spec, inputs)
-        local = "as_loss" in options["name"] and options["top_k"] is None
-        assert terms.cut.any() == (not (local and options["off_policy"] == "token"))
+        given = options | {"allow_biased": True, "weight_clip": (0.5, 1.5), "weight_clip_mode": mode}
+        if scoreless and options["off_policy"] == "token":
+            with pytest.raises(ConfigError, match=r"weight_clip=.* is not used.*weight 1 for off_policy='token'"):
+                KLSpec.from_name(**given)
+            continue
+        terms = computed(KLSpec.from_name(**given), inputs)
+        assert terms.cut.any()
         assert terms.weight.max() <= 1.5
 
 
