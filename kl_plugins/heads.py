@@ -185,7 +185,7 @@ def _statistics(
     folded = _fold(hidden, ref_hidden, targets, head, ref_head, of, careful=False)
     clean = bool(folded[:, 0].isfinite().all())
     if not clean:
-        unclear = folded[:, 0].isnan()  # 0 * -inf
+        unclear = ~folded[:, 0].isfinite()  # 0 * -inf, if it isn't inf itself
         targets = None if targets is None else targets[unclear]
         folded[unclear] = _fold(hidden[unclear], ref_hidden[unclear], targets, head, ref_head, of, careful=True)
     return folded, clean
@@ -209,7 +209,8 @@ def _fold(
         if targets is not None:
             at, here = _within(targets, columns)
             target = torch.where(here, z.gather(-1, at[:, None]).squeeze(-1), target)
-            weighted = weighted * shrink[0] + torch.linalg.vecdot(mass, z)
+            likely = z.masked_fill(mass == 0, 0) if careful else z
+            weighted = weighted * shrink[0] + torch.linalg.vecdot(mass, likely)
         average, by = (mass, shrink[0]) if of == "reverse_kl" else (ref_mass, shrink[1])
         u = z.sub_(ref_z)
         gap = torch.where(by > 0, gap * by, 0.0) + torch.linalg.vecdot(
@@ -253,7 +254,8 @@ def _gradient(
         gradient = z.sub_(ref_z).mul_(by_kl)
         gradient = (gradient if clean else _defined(gradient)).add_(constant).mul_(p)
     else:
-        gradient = (p * (by_kl - by_logp)).sub_(ref_z.sub_(ref_log_sum).exp_().mul_(by_kl))
+        paid = ref_z.sub_(ref_log_sum).exp_().mul_(by_kl)
+        gradient = (p * (by_kl - by_logp)).sub_(paid if clean else _defined(paid))
     if surprise is not None:
         gradient -= (surprise if clean else _defined(surprise)).mul_(p)
     if targets is not None:

@@ -142,6 +142,95 @@ def test_log_probs_keep_their_gradient_where_tokens_are_excluded(spec):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("part", [0, 1], ids=["log-probs", "entropies"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_log_probs_and_entropies_where_the_policy_excludes_tokens(spec, part):
+    """In some rows only: a token of weight 0 or -inf."""
+    inputs, leaves = case(torch.float64)
+    weight, hidden = inputs["head"].weight, inputs["hidden"]
+    with torch.no_grad():
+        weight[:12, 0] = -1e200  # more than a tile
+        hidden[..., 0] = 0.0
+        hidden[0, :2, 0] = hidden[2, 3, 0] = 1e200
+    generator = torch.Generator().manual_seed(2)
+    counted, targets = inputs["mask"], torch.randint(12, V, (3, 7), generator=generator)
+    kl, *found = head_scores(
+        spec.loss.exact,
+        hidden=hidden[counted],
+        ref_hidden=inputs["ref_hidden"][counted],
+        targets=targets[counted],
+        **{name: inputs[name] for name in ("head", "ref_head")},
+    )
+    log_p = (hidden[counted].detach() @ weight.detach().t() * inputs["head"].scale).log_softmax(-1)
+    excluded = log_p.isinf()
+    assert 0 < excluded.any(-1).sum() < len(log_p)
+    assert torch.equal(kl.isinf(), excluded.any(-1) & (spec.loss.exact == "forward_kl"))
+    log_p = log_p.masked_fill(excluded, -1e9)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    wanted = log_p.gather(-1, targets[counted][:, None]).squeeze(-1), entropy
+    torch.testing.assert_close(found[part].detach(), wanted[part], rtol=1e-12, atol=1e-12)
+    at_target = torch.nn.functional.one_hot(targets[counted], V) - log_p.exp()
+    slope = at_target if part == 0 else -log_p.exp() * (log_p + entropy[:, None])
+    gradient = torch.autograd.grad(found[part].sum(), leaves[0])[0][counted]
+    expected = slope @ weight.detach() * inputs["head"].scale
+    torch.testing.assert_close(gradient[:, 1:], expected[:, 1:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_a_row_that_is_no_number_has_no_gradient(spec):
+    """Of the reference in both passes, so that it can be dropped; of the policy in its own hidden state and a bias."""
+    inputs, leaves = case(torch.float64, bias=True)
+    with torch.no_grad():
+        inputs["ref_hidden"][0, 2] = math.nan
+
+    def gradients(kl, *more):
+        return torch.autograd.grad(torch.where(kl.isfinite(), kl, 0.0).sum() + sum(more), leaves)
+
+    (logp, _, kl), (wanted, _) = scored(spec, inputs)
+    apart = head_kl(spec, **inputs).value
+    assert kl.isnan().sum() == 1
+    assert torch.equal(kl.isnan(), apart.isnan())
+    for a, b in zip(gradients(kl, logp.sum()), gradients(apart, wanted.sum()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        inputs["ref_hidden"].nan_to_num_()
+        inputs["hidden"][0, 2] = math.nan
+    to_hidden, _, to_bias = gradients(head_kl(spec, **inputs).value)
+    assert to_bias.isfinite().all()
+    assert not to_hidden[0, 2].any()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_what_an_early_tile_held_is_forgotten_once_it_has_no_mass(spec):
+    """Tokens that the reference excludes, and to which the policy gives e^-2000."""
+    weight, ref_weight = torch.zeros(V, 1, dtype=torch.float64), torch.zeros(V, 1, dtype=torch.float64)
+    weight[:12], ref_weight[:12] = -2000.0, -math.inf
+    weight[12:, 0] = torch.linspace(-1, 1, V - 12, dtype=torch.float64)
+    hidden, mask = torch.ones(1, 2, 1, dtype=torch.float64), torch.ones(1, 2)
+    heads_ = {
+        "head": Head(weight=weight, dtype=torch.float64),
+        "ref_head": Head(weight=ref_weight, dtype=torch.float64),
+    }
+    found = head_kl(spec, hidden=hidden, ref_hidden=hidden, mask=mask, **heads_).value
+    logits, ref_logits = (hidden @ w.t() for w in (weight, ref_weight))
+    wanted = exact_kl(spec, logits=logits, ref_logits=ref_logits, mask=mask).value
+    assert wanted.isfinite().all()
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_outside_of_it_changes_nothing():
+    """A head says by itself what it rounds to, forward and backward."""
+    inputs, leaves = case(torch.float32)
+
+    def gradients():
+        found = head_kl(SPECS[0], **inputs).value
+        return found, *torch.autograd.grad(found.sum(), leaves)
+
+    plain = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, gradients(), plain))
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_tied_weights_get_both_gradients(spec):
     """One parameter as embedding and head."""
@@ -213,6 +302,9 @@ def test_excluded_tokens(spec, where):
 
 def test_bfloat16_is_summed_in_float32():
     inputs, leaves = case(torch.bfloat16)
+    bias = torch.linspace(-1, 1, V)  # which isn't rounded
+    inputs |= {name: replace(inputs[name], bias=bias) for name in ("head", "ref_head")}
+    inputs["ref_head"] = replace(inputs["ref_head"], bias=bias.flip(0))
     found = head_kl(SPECS[0], **inputs).value
     assert found.dtype == torch.float32
     exact = {k: x.detach().double() if k in ("hidden", "ref_hidden") else x for k, x in inputs.items()}
