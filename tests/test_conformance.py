@@ -72,6 +72,10 @@ def k2_ratio_live(logp, ref_logp, mask, old_logp):
     return (logp - old_logp).exp() * (logp - ref_logp).square() / 2
 
 
+def k2_negative(logp, ref_logp, mask, old_logp):
+    return -k2(logp, ref_logp, mask, old_logp)
+
+
 def k2_half(logp, ref_logp, mask, old_logp):
     return k2(logp, ref_logp, mask, old_logp) / 2
 
@@ -119,6 +123,7 @@ WRONG = [
     (k2, "reverse_kl", "on-policy gradient", "measured: the gradient of the next-token reverse KLs"),
     (k2_ratio_live, "local_reverse_kl", "on-policy gradient", "the gradient of none of the divergences"),
     (k2_half, "local_reverse_kl", "on-policy gradient", "times 2 it would be right"),
+    (k2_negative, "local_reverse_kl", "on-policy gradient", "times -1 it would be right (a reward, where a loss"),
     (k2_token_mean, "local_reverse_kl", "on-policy gradient", "the gradient of none of the divergences"),
     (k2_unweighted, "local_reverse_kl", "gradient on stale samples", "what is missing are importance weights"),
     (k3_plus_clamped, "local_reverse_kl", "dead zone", "exactly 0 below u = -40.01 and above u = 40.01"),
@@ -170,6 +175,13 @@ def test_other_signatures_and_shapes_are_refused():
         from_function(k1, kind="value")
     with pytest.raises(ConfigError, match=r"returned a tensor of shape"):
         learn(from_function(lambda logp, ref_logp: (logp - ref_logp).sum(-1)))
+    for kind in ("reward", "coefficient"):  # which would be spread over the tokens
+        with pytest.raises(ConfigError, match=r"returned a tensor of shape \(31, 1\)"):
+            learn(from_function(lambda logp, ref_logp: (logp - ref_logp).sum(-1, keepdim=True), kind=kind))
+    with pytest.raises(ConfigError, match="returned a NoneType"):
+        learn(from_function(lambda logp, ref_logp: None))
+    with pytest.raises(ConfigError, match="needs beta"):
+        from_function(lambda logp, ref_logp, *, beta: beta * (logp - ref_logp))
     with pytest.raises(ConfigError, match="claims='kl'"):
         problems(learn(from_function(k2)), "kl")
 

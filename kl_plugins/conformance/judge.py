@@ -106,7 +106,8 @@ def gradient_problem(learned: Learned, setting: str, claims: str) -> str:
     text = f"{learned.subject.name} claims the gradient of {WORDS[claims]}{against}; measured: {named(found)}"
     scale, left = learned.scale
     if setting == "on_policy" and claims != "zero" and left <= TOLERANCE:
-        text += f"; times {scale:.6g} it would be right (a mean over tokens, where a sum belongs?)"
+        why = "a mean over tokens, where a sum belongs" if scale > 0 else "a reward, where a loss belongs"
+        text += f"; times {scale:.6g} it would be right ({why}?)"
     if setting != "on_policy" and not gradient_problem(learned, "on_policy", claims):
         text += f"; on-policy it is right, so what is missing are importance weights{_prefixes(claims)}"
     return text

@@ -107,7 +107,7 @@ def from_function(function: Callable[..., Tensor], *, kind: str = "loss", **fiel
     else:
 
         def coefficient(scored: Scored) -> Tensor:
-            return torch.where(scored.mask, call(scored, scored.logp).detach(), 0.0)
+            return torch.where(scored.mask, _of_tokens(call(scored, scored.logp), scored).detach(), 0.0)
 
     fields.setdefault("name", getattr(function, "__name__", repr(function)))
     fields.setdefault("knows_engine", "engine_logp" in _named(function))
@@ -201,9 +201,16 @@ def _caller(function: Callable[..., Tensor]) -> Callable[[Scored, Tensor], Tenso
             "(logp, ref_logp, mask, old_logp); write an adapter of one line"
         )
 
+    needed = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if unknown := set(needed) - set(more):
+        raise ConfigError(f"{function!r} needs {', '.join(sorted(unknown))}: write an adapter of one line")
+
     def call(scored: Scored, logp: Tensor) -> Tensor:
         given = (logp, scored.ref_logp, scored.mask, scored.old_logp)[:count]
-        return function(*given, **{name: getattr(scored, name) for name in more})
+        found: Any = function(*given, **{name: getattr(scored, name) for name in more})
+        if not isinstance(found, Tensor):
+            raise ConfigError(f"{function!r} returned a {type(found).__name__}: a tensor was expected")
+        return found
 
     return call
 
@@ -248,10 +255,20 @@ def _differentiated(call: Callable[[Scored, Tensor], Tensor], *, grouped: bool) 
     return coefficient
 
 
+def _of_tokens(found: Tensor, scored: Scored) -> Tensor:
+    """As it is, if it is one number for each token."""
+    if found.shape != scored.logp.shape:
+        raise ConfigError(
+            f"the function returned a tensor of shape {tuple(found.shape)} for log-probs of shape "
+            f"{tuple(scored.logp.shape)}: penalties and coefficients are of that shape"
+        )
+    return found
+
+
 def _penalty(call: Callable[[Scored, Tensor], Tensor]) -> Coefficient:
     def coefficient(scored: Scored) -> Tensor:
         with torch.no_grad():
-            value = torch.where(scored.mask, call(scored, scored.old_logp), 0.0)
+            value = torch.where(scored.mask, _of_tokens(call(scored, scored.old_logp), scored), 0.0)
             ratio = torch.where(scored.mask, (scored.logp - scored.old_logp).exp(), 0.0)
             return ratio * assign_credit(value, "to_go")
 
