@@ -150,7 +150,8 @@ def legend(found: dict[str, Any]) -> list[str]:
         "|true|^2 of a batch of 64 completions, true the sequence gradient (1: no better than none at all); "
         "model: the same on two small language models that are trained on the spot. u = log policy - log "
         "reference of a token: where the gradient is exactly 0 (float64), where it is right to 1% in float32 (of "
-        "up to 1000), and where it is no number. Masks: what leaks into the gradient from masked positions.",
+        "up to 1000; of exact terms the whole next-token gradient, to 1% or 1e-6 nats of float64's), and where it is "
+        "no number. Masks: what leaks into the gradient from masked positions.",
         f"Versions: {versions}; Python {found['python']}; {found['seconds']:.0f} s.",
     ]
     return said + [f"Not here: {name}: {why}." for name, why in found["left_out"].items()]
