@@ -545,9 +545,20 @@ def test_what_kl_terms_refuses():
     for other in (KLSpec.from_name("exact_forward_as_loss"), KLSpec.from_name("exact_as_loss", top_k=2)):
         with pytest.raises(ConfigError, match="was given one with"):
             kl_terms(other, **logp, exact=exact_kl(spec, **small))
+    sampled, bucket = (
+        KLSpec.from_name("exact_as_loss", top_k=2, tail=tail, allow_biased=True) for tail in ("sampled", "bucket")
+    )
+    with pytest.raises(ConfigError, match="was given one with"):
+        kl_terms(sampled, **logp, exact=exact_kl(bucket, **small))
     with pytest.raises(ConfigError, match="top_k=2 with tail='sampled' needs the sampled tokens"):
         exact_kl(KLSpec.from_name("exact_as_loss", top_k=2), **small)
     with pytest.raises(ConfigError, match="exact_kl was asked for k2_as_loss"):
         exact_kl(KLSpec.from_name("k2_as_loss"), **small)
     with pytest.raises(ValueError, match=r"logits \(4, 5, 7\), ref_logits \(4, 5, 6\)"):
         exact_kl(spec, **small | {"ref_logits": small["ref_logits"][..., 1:]})
+
+
+def test_a_head_as_large_as_the_vocabulary_is_all_of_it():
+    inputs = batch(torch.float64)
+    found, wanted = (computed(KLSpec.from_name("exact_as_loss", top_k=k), inputs) for k in (100, None))
+    assert torch.equal(found.loss, wanted.loss)
