@@ -402,6 +402,16 @@ def test_rows_of_completions_only(make_trainer, prompts, monkeypatch, cls):
     assert_close(loss_and_gradients(trainer, batch)[1], wanted, 1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_that_the_reference_could_not_score_is_dropped(make_trainer, prompts, name):
+    trainer = make_trainer(GRPOTrainer, kl=name, kl_nonfinite="drop")
+    batch = rollout(trainer, prompts)
+    batch["kl_ref_hidden"][0, 0] = batch["ref_per_token_logps"][0, 0] = math.nan
+    loss, gradient = loss_and_gradients(trainer, batch)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
 class Largest(TorchDispatchMode):
     """The most elements that a tensor had which an operation made."""
 
