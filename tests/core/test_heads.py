@@ -206,7 +206,7 @@ def test_what_an_early_tile_held_is_forgotten_once_it_has_no_mass(spec):
     weight, ref_weight = torch.zeros(V, 1, dtype=torch.float64), torch.zeros(V, 1, dtype=torch.float64)
     weight[:12], ref_weight[:12] = -2000.0, -math.inf
     weight[12:, 0] = torch.linspace(-1, 1, V - 12, dtype=torch.float64)
-    hidden, mask = torch.ones(1, 2, 1, dtype=torch.float64), torch.ones(1, 2)
+    hidden, mask = torch.ones(1, 5, 1, dtype=torch.float64), torch.ones(1, 5)  # of fewer rows a tile is wider
     heads_ = {
         "head": Head(weight=weight, dtype=torch.float64),
         "ref_head": Head(weight=ref_weight, dtype=torch.float64),

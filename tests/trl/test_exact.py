@@ -132,7 +132,8 @@ def relative_error(found, wanted):
 def test_expected_gradient_in_the_parameters(make_trainer, others, cls, options, of):
     if cls is GRPOTrainer:
         options = options | {"loss_type": "luspo"}  # sums over tokens and averages over sequences, as RLOO does
-    trainer = make_trainer(cls, kl_weight_clip=[0.0, 1e6], **options)
+    unbounded = {} if options["kl"] == "exact_as_loss" else {"kl_weight_clip": [0.0, 1e6]}  # whose weight is 1
+    trainer = make_trainer(cls, **unbounded, **options)
     trainer.model.double()
     wanted = true_gradient(trainer, others, of)
     assert relative_error(expected_gradient(trainer, others, engine_known=True), wanted) < 1e-6

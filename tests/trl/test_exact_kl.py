@@ -230,6 +230,16 @@ def test_a_head_in_float32_on_a_model_in_bfloat16(make_trainer, prompts):
 
 
 @pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
+def test_under_autocast_heads_round_as_trls_kernel(make_trainer, prompts, cls):
+    trainer = make_trainer(cls, kl="exact_in_reward", bf16=True)
+    batch = rollout(trainer, prompts)
+    assert trainer._reference_head.dtype == torch.bfloat16
+    assert trainer._reference_head.weight.dtype == torch.float32
+    _, found = kl_part(trainer, batch)
+    assert_close(found, dense(trainer, batch), 5e-2)
+
+
+@pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
 @pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["body", "a head of its own"])
 def test_peft(make_trainer, prompts, cls, more):
     """The reference is the model without its adapters, and without a head that is trained."""
