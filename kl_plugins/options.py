@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -81,7 +82,10 @@ class KLOptions:
             options["coefficient_bound"] = COEFFICIENT_BOUND
         if set(self.kl_leave_out) - {"first"}:
             options["left_out_bound"] = COEFFICIENT_BOUND
-        return KLSpec.from_name(self.kl, **options)
+        try:
+            return KLSpec.from_name(self.kl, **options)
+        except ConfigError as error:
+            raise ConfigError(*map(_by_field, error.args)) from None
 
     def controller(self, beta: float) -> Controller:
         """What changes the coefficient `beta` in the course of a training. Raises what `ControllerSpec` raises."""
@@ -99,10 +103,12 @@ class KLOptions:
         """What is wrong with `kl_leave_out`, before there is a tokenizer."""
         if spec is None or spec.can_leave_tokens_out or not set(self.kl_leave_out) - {"first"}:
             return ()
-        return (
-            f"kl_leave_out={self.kl_leave_out} with {spec.name} and credit {spec.credit!r}: what a left-out token "
-            "costs those before it is known for sampled log-ratios only; use kl_credit='token' or kl='k1_in_reward'",
-        )
+        asked = f"kl_leave_out={self.kl_leave_out} with {spec.name} and credit {spec.credit!r}: "
+        if spec.loss.exact:
+            why = "an exact KL sums over all tokens, so that no kind of them can be left out"
+            return (asked + why + "; use 'first', kl_leave_out_equal_rewards, or kl='k1_in_reward' or 'k2_as_loss'",)
+        why = "what a left-out token costs those before it is known for k1 only"
+        return (asked + why + "; use kl_credit='token' or kl='k1_in_reward'",)
 
     def leaves_out(self) -> bool:
         """Whether anything may be left out of the KL."""
@@ -128,8 +134,15 @@ class KLOptions:
     def _none_from_words(self) -> None:
         for name, value in without_words({f.name: getattr(self, f.name) for f in fields(KLOptions)}).items():
             setattr(self, name, value)
-        self.kl_weight_clip = list(self.kl_weight_clip)
+        clip: Any = self.kl_weight_clip
+        self.kl_weight_clip = list(clip) if isinstance(clip, tuple) else clip
         self.kl_leave_out = words_of(self.kl_leave_out)
+
+
+def _by_field(problem: str) -> str:
+    """With an option of `KLSpec` as the field that it is here."""
+    names = "|".join(f.name for f in fields(KLSpec) if f.name != "name")
+    return re.sub(rf"(?<!\w)({names})(?==)", r"kl_\1", problem)
 
 
 @dataclass

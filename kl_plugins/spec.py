@@ -115,7 +115,7 @@ class KLSpec:
 
     @property
     def can_leave_tokens_out(self) -> bool:
-        """Whether what a left-out token costs those before it is known: with credit, for sampled log-ratios only."""
+        """Whether what a left-out token costs is known: of sampled KLs without credit, and of k1."""
         return not self.loss.exact and (self.credit == "token" or self.loss.coefficient is estimators.k1)
 
 

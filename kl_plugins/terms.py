@@ -217,7 +217,8 @@ class _LeftOut:
         if tokens is not None and not spec.can_leave_tokens_out:
             raise ConfigError(
                 f"left_out_tokens with {spec.name!r} and credit={spec.credit!r}: what a left-out token costs those "
-                "before it is known for sampled log-ratios only; use credit='token' or kl='k1_in_reward'"
+                "before it is known for k1 only, and an exact KL sums over all tokens; use 'k1_in_reward', or a "
+                "sampled KL with credit='token'"
             )
         given = {"left_out_tokens": tokens, "left_out_positions": positions}
         found = {name: tensor for name, tensor in given.items() if tensor is not None}

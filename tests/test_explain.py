@@ -54,7 +54,7 @@ CASES = [
     # tokens left out, and references
     ("grpo", "--beta 0.04 --kl k1_in_reward --kl_leave_out eos special", "principled", "generalized one"),
     ("rloo", "--beta 0.04 --kl k2_as_loss --kl_leave_out first", "principled", "u"),
-    ("grpo", "--beta 0.04 --kl k2_in_reward --kl_leave_out eos", "refused", "sampled log-ratios only"),
+    ("grpo", "--beta 0.04 --kl k2_in_reward --kl_leave_out eos", "refused", "known for k1 only"),
     ("grpo", "--beta 0.04 --kl k2_as_loss --kl_leave_out_equal_rewards true", "principled", "rewards differ"),
     ("ppo", "--kl k1_in_reward --kl_leave_out eos", "refused", "not offered in the reward"),
     ("ppo", "--kl k2_as_loss --kl_leave_out_equal_rewards true", "refused", "PPO generates one"),

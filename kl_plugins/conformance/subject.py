@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,10 +117,12 @@ def from_function(function: Callable[..., Tensor], *, kind: str = "loss", **fiel
 
 
 def load(path: str) -> Callable[..., Tensor]:
-    """The function at `package.module:name`. Raises `ConfigError` with what is missing."""
+    """The function at `package.module:name`, also of a file here. Raises `ConfigError` with what is missing."""
     module, _, name = path.partition(":")
     if not name:
         raise ConfigError(f"{path!r}: write package.module:function")
+    if str(Path.cwd()) not in sys.path:  # as `python -m pytest` does
+        sys.path.insert(0, str(Path.cwd()))
     try:
         found: Any = import_module(module)
         for part in name.split("."):

@@ -141,8 +141,8 @@ class AppliedToTRL:
             self._restore()
             raise
         names = ", ".join(sorted(hook.trainer.__name__ for hook in self.hooks.values()))
-        default = f"by default {self.options}" if self.options else "none of them set"
-        logger.warning(f"kl_plugins: TRL {installed_version('trl')}'s {names} have kl_* options now, {default}")
+        default = f"by default {self.options}" if self.options else "by default kl=None, TRL's own KL"
+        logger.warning(f"kl_plugins: the kl_* options of TRL {installed_version('trl')}'s {names} work now, {default}")
 
     def undo(self) -> None:
         """Give TRL's names back, if this was the last to be undone; trainers that were made meanwhile keep their KL.

@@ -173,7 +173,7 @@ def _loaded(trainer: Any, name: str) -> Any:
             raise ConfigError(
                 f"the reference {name!r} can't be loaded ({str(error).splitlines()[0]}): give the path or hub id of a "
                 f"causal language model; 'base' and '{ADAPTER}NAME' stand for what LoRA has"
-            ) from error
+            ) from None
     sizes = [m.get_output_embeddings().weight.shape[0] for m in (trainer.model, model)]
     spec = getattr(trainer, "kl_spec", None)  # TRL's own trainers, which may be watched, have none
     exact = spec is not None and spec.loss.exact

@@ -18,7 +18,7 @@ from kl_plugins.heads import Head
 from kl_plugins.leave_out import equal_reward_rows, left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
-from kl_plugins.trl.beta import BetaCallback
+from kl_plugins.trl.beta import BetaCallback, say_dropped_controller
 from kl_plugins.trl.exact import Reference, Scored, distribution_problems, exact_kl_of, recorded
 from kl_plugins.trl.reference import (
     MovingReference,
@@ -138,6 +138,7 @@ class KLTrainer:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         if self.kl_spec is not None:
             require_choice(self.args, Path(resume_from_checkpoint))
+            say_dropped_controller(self.args, Path(resume_from_checkpoint))
         adapters = adapters_of([self.model])
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         if self.kl_spec is not None:

@@ -318,11 +318,11 @@ def test_refused(masks, message):
 
 
 def test_tokens_left_out_of_a_sum_over_the_vocabulary_are_refused(case):
-    with pytest.raises(ConfigError, match="known for sampled log-ratios only"):
+    with pytest.raises(ConfigError, match="known for k1 only"):
         found(case, "exact_as_loss", left_out(case, (0,)))
 
 
 def test_costs_that_are_no_log_ratios_are_refused():
     logp, spec = torch.zeros(1, 2), KLSpec.from_name("k3_in_reward", allow_biased=True)
-    with pytest.raises(ConfigError, match="known for sampled log-ratios only"):
+    with pytest.raises(ConfigError, match="known for k1 only"):
         kl_terms(spec, logp=logp, ref_logp=logp, mask=torch.ones(1, 2), left_out_tokens=torch.ones(1, 2))

@@ -231,8 +231,8 @@ def test_it_says_what_it_does(apply, caplog):
     with caplog.at_level("WARNING"):
         apply(kl="k2_as_loss")
     (said,) = caplog.messages
-    assert said.startswith(f"kl_plugins: TRL {trl.__version__}'s GMPOTrainer, GRPOTrainer, ")
-    assert said.endswith("RLOOTrainer have kl_* options now, by default {'kl': 'k2_as_loss'}")
+    assert said.startswith(f"kl_plugins: the kl_* options of TRL {trl.__version__}'s GMPOTrainer, GRPOTrainer, ")
+    assert said.endswith("RLOOTrainer work now, by default {'kl': 'k2_as_loss'}")
 
 
 @pytest.mark.parametrize(

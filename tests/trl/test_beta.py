@@ -12,6 +12,7 @@ from tiny_trl import BETA, parameters
 from kl_plugins import ConfigError
 from kl_plugins.controllers import ControllerSpec
 from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOTrainer
+from kl_plugins.trl.beta import logger
 
 ALL = pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer, GMPOTrainer])
 PI = {"kl_controller": "pi", "kl_target": 0.05, "kl_target_per": "sequence", "kl_horizon": 5.0}
@@ -97,7 +98,9 @@ def test_it_holds_a_kl_that_the_reward_drives_away(make_trainer):
 
 
 @pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
-def test_a_resumed_run_has_the_betas_of_one_that_was_not_interrupted(make_trainer, cls, tmp_path):
+def test_a_resumed_run_has_the_betas_of_one_that_was_not_interrupted(make_trainer, cls, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(logger, "warning", said.append)
     options = {"kl": "k2_as_loss", "max_steps": 6, "save_strategy": "steps", "save_steps": 3, **PI}
     whole = make_trainer(cls, **options)
     whole.train()
@@ -109,9 +112,12 @@ def test_a_resumed_run_has_the_betas_of_one_that_was_not_interrupted(make_traine
     assert logged(resumed) == logged(whole)
     assert resumed.kl_controller.state_dict() == whole.kl_controller.state_dict()
     assert torch.equal(parameters(resumed), parameters(whole))
+    assert not said
     anew = make_trainer(cls, **{name: value for name, value in options.items() if name not in PI})
     anew.train(resume_from_checkpoint=str(checkpoint))
     assert logged(anew)[3:] == [BETA] * 3
+    assert len(said) == 1
+    assert "is of a run with kl_controller='pi'; this one has none" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,10 @@ def test_refused_before_a_model_is_loaded(tmp_path):
     def config(**options):
         return GRPOConfig(output_dir=str(tmp_path), beta=0.1, use_cpu=True, bf16=False, **options)
 
-    with pytest.raises(ConfigError, match="known for sampled log-ratios only"):
+    with pytest.raises(ConfigError, match="known for k1 only; use kl_credit='token'"):
         config(kl="k2_in_reward", kl_allow_biased=True, kl_leave_out=["eos"])
+    with pytest.raises(ConfigError, match=r"sums over all tokens, .*; use 'first', kl_leave_out_equal_rewards"):
+        config(kl="exact_as_loss", kl_leave_out=["eos"])
     with pytest.raises(ConfigError, match="kl_leave_out set, but kl is None"):
         config(kl_leave_out=["eos"])
     assert config(kl="k3_as_loss", kl_leave_out="eos").kl_leave_out == ["eos"]
