@@ -1,7 +1,7 @@
 """What an exact KL costs: a training step of stock TRL (k3) against kl="exact_in_reward" and a naive implementation.
 
 All trainers hold the same weights and get the same off-policy batch; their steps (loss and backward pass) take turns
-in one process. Time is the median ratio of steps of one round, on the clock and, without a GPU, in the process's own
+in one process. Time is the median ratio of the steps of a round, on the clock and, without a GPU, in the process's own
 CPU seconds, which other processes disturb less. Memory is the peak of one step above what was held before it, as
 torch's allocator (GPU) or profiler (CPU) counts it; the gradient of the LM head's weight, which every implementation
 holds, is part of it. The naive implementation writes out both models' logits and differentiates through log_softmax;
@@ -225,7 +225,7 @@ def measure(trainers, rows: int, tokens: int, vocabulary: int, *, rounds: int, n
     for i, clock in enumerate(("seconds",) if torch.cuda.is_available() else ("seconds", "cpu_seconds")):
         shape[clock] = {name: statistics.median(found[i] for found in steps[name]) for name in steps}
         shape["times_stock" if clock == "seconds" else "times_stock_cpu"] = {
-            name: statistics.median(a[i] / b[i] for a, b in zip(found, steps[STOCK], strict=True))
+            name: sorted(a[i] / b[i] for a, b in zip(found, steps[STOCK], strict=True))
             for name, found in steps.items()
         }
     shape["floor_seconds"] = floor_seconds(trainers[OURS].model, rows, tokens, best)
@@ -291,17 +291,24 @@ def main(
 def show(result) -> None:
     title = f"width {result['hidden']}, {result['layers']} layers, {result['device']}"
     table = Table(title=title, title_justify="left")
-    columns = ["vocabulary", "rows", "tokens", "KL", "seconds", "times stock", "CPU times stock"]
+    columns = ["vocabulary", "rows", "tokens", "KL", "seconds", "times stock", "of all rounds", "CPU times stock"]
     for column in (*columns, "times floor", "peak, MiB"):
         table.add_column(column, justify="right")
     for shape in result["shapes"]:
         for name, peak in shape["peak_bytes"].items():
-            numbers = [shape.get(key, {}).get(name) for key in ("seconds", "times_stock", "times_stock_cpu")]
+            seconds, ratios = shape["seconds"][name], shape["times_stock"][name]
+            of_cpu = shape.get("times_stock_cpu", {}).get(name)
             floor = shape["floor_seconds"].get(name)
-            numbers.append(floor and shape["seconds"][name] / floor)
-            cells = ["" if number is None else f"{number:.2f}" for number in numbers]
-            of = [str(shape[key]) for key in ("vocabulary", "rows", "tokens")]
-            table.add_row(*of, name, *cells, f"{peak / 2**20:.0f}")
+            table.add_row(
+                *(str(shape[key]) for key in ("vocabulary", "rows", "tokens")),
+                name,
+                f"{seconds:.2f}",
+                f"{statistics.median(ratios):.2f}",
+                f"{ratios[0]:.2f}-{ratios[-1]:.2f}",
+                of_cpu and f"{statistics.median(of_cpu):.2f}",
+                floor and f"{seconds / floor:.2f}",
+                f"{peak / 2**20:.0f}",
+            )
     Console(width=120).print(table)
 
 

@@ -7,6 +7,8 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+
 import pytest
 from matrix import COLUMNS, REFUSED
 from rich import box

@@ -142,7 +142,8 @@ def legend(found: dict[str, Any]) -> list[str]:
     """What the columns are, which versions were run, and what is missing."""
     versions = ", ".join(f"{each['framework']} {each['version']}" for each in found["frameworks"])
     said = [
-        "Each row is a framework's own function, run; * is what it does once its KL is switched on, ours is bold. "
+        "Each row is a framework's own function, run (what sums a penalty in the reward over later tokens is ours); "
+        "* is what it does once its KL is switched on, ours is bold. "
         "Bias: relative error of the expected gradient against that of the reverse KL of whole sequences; local "
         "bias: against the next-token reverse KLs at the sampled prefixes, which is all that a term of one token "
         "can be; by exact enumeration, geometric means of nine structured policies. Stale: an older policy drew "
