@@ -217,7 +217,12 @@ def _spec(options: OpenRLHFOptions, args: Any, in_reward: bool) -> KLSpec:
         chosen.kl_clip = "combined"
         if chosen.kl_credit in (None, "to_go"):
             chosen.kl_gamma = _gamma(args)
-    spec = chosen.kl_spec()
+    try:
+        spec = chosen.kl_spec()
+    except ConfigError as error:
+        if not in_reward:
+            raise
+        raise ConfigError(*(each.replace("kl_gamma=", "--algo.advantage.gamma ") for each in error.args)) from None
     assert spec is not None
     return spec
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kl_plugins.advantages import token_cost, up_to_date
-from kl_plugins.errors import PatchError, refuse
+from kl_plugins.errors import ConfigError, PatchError, refuse
 from kl_plugins.hosts import installed_version
 from kl_plugins.leave_out import left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.options import LEAVE_OUT_OPTIONS
 from kl_plugins.patchfile import load_patches
 from kl_plugins.registry import distribution_problems, get_loss
+from kl_plugins.spec import KLSpec
 from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
 from kl_plugins.trl.fields import Hook, KLFields, check_trl
@@ -144,6 +145,15 @@ class PPOFields(KLFields):
             if self.kl_credit in (None, "to_go"):
                 options["kl_gamma"] = self.gamma
         return options
+
+    def kl_spec(self) -> KLSpec | None:
+        """As everywhere."""
+        try:
+            return super().kl_spec()
+        except ConfigError as error:
+            if not self.kl_in_reward:
+                raise
+            raise ConfigError(*(each.replace("kl_gamma=", "gamma=") for each in error.args)) from None
 
     def changed_kl_options(self) -> list[str]:
         """The options that are not at their default."""

@@ -74,8 +74,8 @@ def test_the_discount_is_the_hosts(planned):
         (REINFORCE, {"kl": "k1_in_reward", "kl_off_policy": "prefix"}, "not used in the reward"),
         (REINFORCE, {"kl": "k1_in_reward", "kl_gamma": 0.5}, "not used in the reward"),
         (REINFORCE, {"kl": "k1_in_reward", "kl_credit": "sequence"}, "credit 'to_go'"),
-        ((*REINFORCE, "--algo.advantage.gamma", "0.9"), {"kl": "k1_in_reward"}, "use gamma=1"),
-        (("--algo.advantage.gamma", "0.9"), {"kl": "k1_in_reward"}, "use gamma=1"),
+        ((*REINFORCE, "--algo.advantage.gamma", "0.9"), {"kl": "k1_in_reward"}, "; use --algo.advantage.gamma 1 "),
+        (("--algo.advantage.gamma", "0.9"), {"kl": "k1_in_reward"}, "; use --algo.advantage.gamma 1 "),
         ((), {"kl": "k1_in_reward", "kl_baseline": "leave_one_out"}, "whose critic is the baseline"),
         (
             (*REINFORCE, "--rollout.n_samples_per_prompt", "1"),
