@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kl_plugins._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
     from kl_plugins.exact import ExactKL, exact_kl
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from kl_plugins.spec import KLSpec
     from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, surrogate
     from kl_plugins.trl.apply import apply_to_trl
-
-__version__ = "0.1.0"
 
 _HOME = {
     "ConfigError": "errors",

@@ -15,10 +15,9 @@ from kl_plugins.curves import curves
 from kl_plugins.doctor import doctor
 from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
 from kl_plugins.explain import explain
-from kl_plugins.hosts import installed_version
 from kl_plugins.openrlhf.plan import OpenRLHFOptions
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import changes
+from kl_plugins.patching import changes, load_patches
+from kl_plugins.patching.versions import installed_version
 from kl_plugins.run_report import report
 from kl_plugins.scoreboard.command import scoreboard
 

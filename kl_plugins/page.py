@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment
 from markupsafe import Markup
 
-from kl_plugins.hosts import installed_version
+from kl_plugins.patching.versions import installed_version
 
 # Names of colours -> light, dark. Series are colour-blind safe (after Okabe and Ito), neighbours differ in lightness.
 COLOURS = {

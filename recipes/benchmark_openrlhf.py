@@ -42,8 +42,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from kl_plugins.openrlhf import OpenRLHFOptions, actor, plan_run
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching
+from kl_plugins.patching import Patching, load_patches
 
 PROMPT = 16
 STOCK = ("--algo.kl.use_loss", "--algo.kl.estimator", "k2", "--algo.kl.unbiased_gradient")

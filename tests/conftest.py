@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kl_plugins.hosts import installed_version
+from kl_plugins.patching.versions import installed_version
 
 COVERS = "covers"
 # A suite that runs under another version of a host, within a test of this one, hands its rows over in this file.

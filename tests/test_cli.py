@@ -11,12 +11,11 @@ import trl
 from tiny_openrlhf import import_openrlhf
 from typer.testing import CliRunner
 
-import kl_plugins.hosts
+import kl_plugins.patching.versions
 from kl_plugins import all_losses, registry
 from kl_plugins.cli import app
 from kl_plugins.openrlhf import driver
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import ALLOW_UNTESTED, Patching
+from kl_plugins.patching import ALLOW_UNTESTED, Patching, load_patches
 
 
 def invoke(*arguments, code=0):
@@ -60,7 +59,7 @@ def test_doctor(monkeypatch):
     assert set(all_losses()) <= set(found["losses"])
     assert "kl_plugins.trl.GRPOTrainer" in invoke("doctor")
 
-    monkeypatch.setattr(kl_plugins.hosts, "version", lambda host: "1.99.0")
+    monkeypatch.setattr(kl_plugins.patching.versions, "version", lambda host: "1.99.0")
     why_not = json.loads(invoke("doctor", "--json"))["trainers"]["rloo"]["why_not"]
     assert why_not.startswith("trl 1.99.0 is not a tested version; tested: 1.12.0")
 
@@ -78,7 +77,7 @@ def test_doctor_fails_if_what_was_asked_for_can_not_be_hooked(monkeypatch, tmp_p
 
 
 def test_doctor_says_yes_to_an_untested_version_only_where_it_was_checked(monkeypatch):
-    monkeypatch.setattr(kl_plugins.hosts, "version", lambda host: "1.99.0")
+    monkeypatch.setattr(kl_plugins.patching.versions, "version", lambda host: "1.99.0")
     invoke("doctor", "grpo", code=1)
     monkeypatch.setenv(ALLOW_UNTESTED, "1")
     trainers = json.loads(invoke("doctor", "gmpo", "--json"))["trainers"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from trl_versions import environment
 
-from kl_plugins.hosts import installed_version
-from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import load_patches
+from kl_plugins.patching.versions import installed_version
 
 TESTED = load_patches("trl", "ppo").tested
 NEWEST, OLDEST = TESTED[-1], TESTED[0]

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from kl_plugins.cli import app
 from kl_plugins.conformance import measure
 from kl_plugins.conformance.subject import from_function, from_spec
-from kl_plugins.hosts import installed_version
 from kl_plugins.oracle import relative_error, second_moment
+from kl_plugins.patching.versions import installed_version
 from kl_plugins.scoreboard import command, frameworks, language_model, pages, worker
 from kl_plugins.spec import KLSpec
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from trl_versions import environment
 
-from kl_plugins.hosts import installed_version
-from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import load_patches
+from kl_plugins.patching.versions import installed_version
 
 SUITE = ("term", "config", "identity", "exact", "every_configuration", "apply", "drift", "command")
 OLDEST, *BETWEEN = [version for version in load_patches("trl", "grpo").tested if version != installed_version("trl")]
@@ -33,7 +33,7 @@ def suite(version, rows_of):
     take_rows()
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 100
-    asked = [sys.executable, "-c", "from kl_plugins.hosts import installed_version as v; print(v('trl'))"]
+    asked = [sys.executable, "-c", "from kl_plugins.patching.versions import installed_version as v; print(v('trl'))"]
     found = subprocess.run(asked, env=environment(version), capture_output=True, text=True, check=True)
     assert found.stdout.strip() == version
 

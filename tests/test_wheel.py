@@ -75,5 +75,5 @@ def test_command_line(python):
 
 
 def test_the_patches_come_along(python):
-    code = "from kl_plugins.patchfile import load_patches as l; print(*[t.name for t in l('openrlhf').targets])"
+    code = "from kl_plugins.patching import load_patches as l; print(*[t.name for t in l('openrlhf').targets])"
     assert "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step" in run(python, "-c", code).split()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kl_plugins.estimators import k1
 from kl_plugins.exact import ExactKL
-from kl_plugins.hosts import installed_version
+from kl_plugins.patching.versions import installed_version
 from kl_plugins.registry import all_losses
 from kl_plugins.spec import OFF_POLICY, KLSpec
 from kl_plugins.terms import assign_credit, kl_terms

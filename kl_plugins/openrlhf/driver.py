@@ -18,8 +18,7 @@ from typing import Any
 from kl_plugins.errors import ConfigError, PatchError
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, Plan, RunPlan, plan_run
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import ALLOW_UNTESTED, check, untested_allowed
+from kl_plugins.patching import ALLOW_UNTESTED, check, load_patches, untested_allowed
 
 MODULE = "openrlhf.cli.train_ppo_ray"
 HOOK = f"{__name__}.runtime_env_hook"

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
-import kl_plugins
+from kl_plugins._version import __version__
 from kl_plugins.controllers import ControllerSpec
 from kl_plugins.errors import ConfigError, PatchError, refuse
 from kl_plugins.leave_out import LeftOut, left_out
@@ -133,7 +133,7 @@ def plan_kl(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True)
         left_out=left,
         leave_out_equal_rewards=options.kl_leave_out_equal_rewards,
         waived=tuple(biased),
-        version=kl_plugins.__version__,
+        version=__version__,
     )
     args.algo.kl.use_loss = not in_reward
     args.algo.kl.unbiased_gradient = False
@@ -163,7 +163,7 @@ def _plan_watched(options: OpenRLHFOptions, args: Any) -> RunPlan:
         )
     refuse(problems)
     _warn(args)
-    return RunPlan(in_reward=not args.algo.kl.use_loss, monitor=True, version=kl_plugins.__version__)
+    return RunPlan(in_reward=not args.algo.kl.use_loss, monitor=True, version=__version__)
 
 
 def plan_of(args: Any) -> RunPlan:
@@ -174,9 +174,9 @@ def plan_of(args: Any) -> RunPlan:
             "this process was hooked by kl_plugins, but the run's arguments hold no KL configuration: start OpenRLHF "
             "with `kl-plugins openrlhf`, or set RAY_RUNTIME_ENV_HOOK in the driver's environment as the README shows"
         )
-    if plan.version != kl_plugins.__version__:
+    if plan.version != __version__:
         raise PatchError(
-            f"the driver runs kl_plugins {plan.version}, this process {kl_plugins.__version__}: install the same "
+            f"the driver runs kl_plugins {plan.version}, this process {__version__}: install the same "
             "version on every node"
         )
     return plan  # type: ignore[no-any-return]

@@ -15,8 +15,7 @@ from typing import Any
 
 from kl_plugins.errors import PatchError
 from kl_plugins.openrlhf.plan import Plan, RunPlan
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching, untested_allowed
+from kl_plugins.patching import Patching, load_patches, untested_allowed
 
 SETUP_HOOK = "kl_plugins.openrlhf.worker.setup"
 # Set for workers (and what they start): a hook of the user that is run after ours, and the sign that this is a worker.

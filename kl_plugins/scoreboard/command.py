@@ -116,7 +116,7 @@ def _language_model(scratch: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _installed(distribution: str) -> bool:
-    from kl_plugins.hosts import installed_version
+    from kl_plugins.patching.versions import installed_version
 
     return installed_version(distribution) is not None
 

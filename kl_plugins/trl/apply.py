@@ -25,10 +25,9 @@ from typing import Any, get_type_hints
 from transformers.utils import logging
 
 from kl_plugins.errors import PatchError, refuse
-from kl_plugins.hosts import installed_version
 from kl_plugins.options import KLOptions, without_words
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Binding, Patching, untested_allowed
+from kl_plugins.patching import Binding, Patching, load_patches, untested_allowed
+from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl.fields import NO_KL, Hook, KLFields
 
 logger = logging.get_logger(__name__)

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 
 from kl_plugins.errors import refuse
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching, untested_allowed
+from kl_plugins.patching import Patching, load_patches, untested_allowed
 from kl_plugins.trl.apply import apply_to_trl
 
 COMMANDS = ("grpo", "rloo")  # of TRL's commands, those whose trainers have a KL to a reference

@@ -9,8 +9,7 @@ from typing import Any
 
 from kl_plugins.errors import refuse
 from kl_plugins.options import KLOptions
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import check, untested_allowed
+from kl_plugins.patching import check, load_patches, untested_allowed
 
 NO_KL = "no KL was named: add kl=... (--kl NAME), or start TRL itself to train with its own"
 

@@ -18,18 +18,18 @@ from transformers.utils import logging
 
 from kl_plugins.advantages import token_cost, up_to_date
 from kl_plugins.errors import ConfigError, PatchError, refuse
-from kl_plugins.hosts import installed_version
 from kl_plugins.leave_out import left_out
 from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.options import LEAVE_OUT_OPTIONS
-from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import load_patches
+from kl_plugins.patching.rewrite import HOST, Edit, edited
+from kl_plugins.patching.versions import installed_version
 from kl_plugins.registry import distribution_problems, get_loss
 from kl_plugins.spec import KLSpec
 from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
 from kl_plugins.trl.fields import Hook, KLFields, check_trl
 from kl_plugins.trl.sampling import model_generation_problems
-from kl_plugins.trl.syntax import HOST, Edit, edited
 
 try:
     from trl.experimental import ppo as host

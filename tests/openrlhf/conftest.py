@@ -9,8 +9,7 @@ from tiny_trl import make_model
 from transformers import AutoModelForCausalLM
 
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_run
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching
+from kl_plugins.patching import Patching, load_patches
 
 
 @pytest.fixture(scope="session")

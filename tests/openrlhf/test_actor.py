@@ -21,8 +21,7 @@ from tiny_openrlhf import (
 from kl_plugins import KLSpec, PatchError
 from kl_plugins.metrics import SUMS
 from kl_plugins.openrlhf.actor import ppo_train
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching, check
+from kl_plugins.patching import Patching, check, load_patches
 
 IN_LOSS = [
     {"kl": "k2_as_loss"},

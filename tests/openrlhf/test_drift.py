@@ -7,8 +7,7 @@ from drift import EDITS, change, holder_of
 from tiny_openrlhf import import_openrlhf
 
 from kl_plugins import PatchError
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching, check
+from kl_plugins.patching import Patching, check, load_patches
 
 PATCHES = load_patches("openrlhf")
 
@@ -34,7 +33,7 @@ def test_a_changed_function_keeps_everything_from_starting(target, edit, tmp_pat
 
 def test_another_version_is_refused_by_name(monkeypatch):
     import_openrlhf()
-    monkeypatch.setattr("kl_plugins.patching.installed_version", lambda host: "0.12.0")
+    monkeypatch.setattr("kl_plugins.patching.inspection.installed_version", lambda host: "0.12.0")
     with pytest.raises(PatchError, match=r"0.12.0 was not tested, 0.11.2 was: install .*openrlhf==0.11.2"):
         check(PATCHES)
     check(PATCHES, allow_untested=True)  # no function changed

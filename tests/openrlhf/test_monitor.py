@@ -15,8 +15,7 @@ from kl_plugins import ConfigError, PatchError
 from kl_plugins.openrlhf import monitor, worker
 from kl_plugins.openrlhf.actor import ppo_train
 from kl_plugins.openrlhf.experience import dispatch_prompts
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching
+from kl_plugins.patching import Patching, load_patches
 
 IN_LOSS = ("--algo.kl.use_loss", "--algo.kl.estimator")
 REINFORCE = ("--algo.advantage.estimator", "reinforce")

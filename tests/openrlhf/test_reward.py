@@ -8,8 +8,7 @@ from tiny_openrlhf import FLAGS, experience, experience_maker, parse, step
 from transformers import AutoModelForCausalLM
 
 from kl_plugins.openrlhf import actor
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching
+from kl_plugins.patching import Patching, load_patches
 from kl_plugins.terms import leave_one_out_baseline
 
 BETA, GROUP, PROMPT = 0.1, 4, 3

@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from kl_plugins.hosts import installed_version
-from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import load_patches
+from kl_plugins.patching.versions import installed_version
 
 collect_ignore_glob = [] if installed_version("trl") in load_patches("trl", "ppo").tested else ["test_*.py"]
 

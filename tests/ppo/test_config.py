@@ -119,7 +119,7 @@ def test_sampling_from_something_else_is_refused(make_trainer, name):
 
 def test_an_untested_trl_is_refused_before_any_model(tmp_path, monkeypatch):
     ppo.train_with_kl.cache_clear()
-    monkeypatch.setattr("kl_plugins.patching.installed_version", lambda host: "1.12.9")
+    monkeypatch.setattr("kl_plugins.patching.inspection.installed_version", lambda host: "1.12.9")
     with pytest.raises(PatchError, match=r"1\.12\.9 was not tested"):
         config(tmp_path, kl="k2_as_loss")
     config(tmp_path)  # without kl nothing is asked for

@@ -12,7 +12,7 @@ from trl.experimental import ppo as stock
 
 import kl_plugins
 from kl_plugins import ConfigError, PatchError
-from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import load_patches
 from kl_plugins.trl import ppo
 from kl_plugins.trl.ppo import PPOConfig, PPOTrainer
 

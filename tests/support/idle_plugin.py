@@ -2,8 +2,7 @@
 
 from tiny_openrlhf import import_openrlhf
 
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching
+from kl_plugins.patching import Patching, load_patches
 
 
 def pytest_collection_modifyitems(items):

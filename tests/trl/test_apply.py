@@ -17,8 +17,8 @@ from trl.experimental import gmpo as stock_gmpo
 import kl_plugins
 import kl_plugins.trl as ours
 from kl_plugins import ConfigError, PatchError, UnknownLossError
-from kl_plugins.hosts import installed_version
-from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import load_patches
+from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl import apply as module
 
 SCHEDULE = {"max_steps": 3, "num_iterations": 2}
@@ -317,7 +317,7 @@ def test_only_the_trainers_that_were_asked_for(apply, make_trainer):
 
 def test_where_some_were_not_tested_it_says_which_were(monkeypatch):
     only = load_patches("trl", "grpo").tested[-1]
-    monkeypatch.setattr("kl_plugins.patching.installed_version", lambda host: "1.99.0")
+    monkeypatch.setattr("kl_plugins.patching.inspection.installed_version", lambda host: "1.99.0")
     monkeypatch.setattr(module, "installed_version", lambda host: only)
     monkeypatch.setattr(
         module, "load_patches", lambda host, *parts: load_patches(host, *(parts if "rloo" not in parts else ("ppo",)))

@@ -12,8 +12,7 @@ from drift import EDITS, change
 from typer.testing import CliRunner
 
 from kl_plugins.cli import app
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import active
+from kl_plugins.patching import active, load_patches
 
 REWARDS = (
     "def digit_share(completions, **_):\n    return [sum(c.isdigit() for c in text) / 8 for text in completions]\n"

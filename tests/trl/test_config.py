@@ -15,7 +15,7 @@ import trl
 from tiny_trl import micro_batch
 from trl import TrlParser
 
-import kl_plugins.hosts
+import kl_plugins.patching.versions
 from kl_plugins import ConfigError, PatchError, UnknownLossError
 from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig
 from kl_plugins.trl.vllm import require_processed_logprobs
@@ -124,7 +124,7 @@ def test_a_vllm_server_must_report_the_sampled_distribution():
 
 @BOTH
 def test_an_untested_trl_is_refused(config, monkeypatch):
-    monkeypatch.setattr(kl_plugins.hosts, "version", lambda host: "1.17.0")
+    monkeypatch.setattr(kl_plugins.patching.versions, "version", lambda host: "1.17.0")
     with pytest.raises(PatchError, match=r"1\.17\.0 was not tested, 1\.12\.0, .*trl==1\.16\.0.*KL_PLUGINS_ALLOW"):
         make(config, kl="k2_as_loss")
     with pytest.raises(PatchError, match=r"\(.*, vllm\) can't be hooked:\n- 1\.17\.0 was not tested, 1\.16\.0 was"):

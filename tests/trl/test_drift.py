@@ -10,9 +10,8 @@ from trl.experimental import gmpo as stock_gmpo
 
 import kl_plugins
 from kl_plugins import PatchError
-from kl_plugins.hosts import installed_version
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import ALLOW_UNTESTED
+from kl_plugins.patching import ALLOW_UNTESTED, load_patches
+from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl import GMPOConfig, GRPOConfig, RLOOConfig
 
 CONFIGS = {"grpo": (GRPOConfig, GMPOConfig), "rloo": (RLOOConfig,), "gmpo": (GMPOConfig,)}
@@ -67,7 +66,7 @@ def test_an_unknown_version_is_refused_unless_opted_in_and_unchanged(tmp_path, m
     def make(config):
         return config(kl="k2_as_loss", **ARGUMENTS | {"output_dir": str(tmp_path)})
 
-    monkeypatch.setattr("kl_plugins.patching.installed_version", lambda host: "1.99.0")
+    monkeypatch.setattr("kl_plugins.patching.inspection.installed_version", lambda host: "1.99.0")
     for config in (GRPOConfig, RLOOConfig, GMPOConfig):
         with pytest.raises(PatchError, match=r"1.99.0 was not tested, 1.12.0, .*1.16.0 was: install a tested version"):
             make(config)

@@ -11,7 +11,7 @@ from matrix import CONFIGURATIONS, REFUSED, TRAINED
 from tiny_trl import BETA, kl_part, loss_and_gradients, micro_batch
 
 from kl_plugins import ConfigError, PatchError, kl_terms
-from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import load_patches
 from kl_plugins.trl import GMPOConfig, GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOTrainer
 
 TRAINERS = {

@@ -12,8 +12,8 @@ from tiny_trl import loss_and_gradients
 from transformers import AutoModelForCausalLM
 
 from kl_plugins.heads import Head
-from kl_plugins.hosts import installed_version
-from kl_plugins.patchfile import load_patches
+from kl_plugins.patching import load_patches
+from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl import GRPOTrainer, RLOOTrainer
 
 PROMPT = torch.tensor([[3, 12, 4, 13]])

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as host
 
-from kl_plugins import ConfigError, PatchError, heads, hosts, leave_one_out_baseline
+from kl_plugins import ConfigError, PatchError, heads, leave_one_out_baseline
 from kl_plugins.exact import ExactKL
+from kl_plugins.patching import versions as hosts
 from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, exact
 from kl_plugins.trl.trainer import KLTrainer
 

@@ -13,8 +13,8 @@ from transformers import set_seed
 from trl.experimental import ppo as stock
 
 from kl_plugins import PatchError
+from kl_plugins.patching.rewrite import Edit, edited, statement_digest
 from kl_plugins.trl.ppo import EDITS, edited_train
-from kl_plugins.trl.syntax import Edit, edited, statement_digest
 
 REPLACED = [edit for edit in EDITS if edit.value or edit.before]
 

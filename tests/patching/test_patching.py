@@ -18,9 +18,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from kl_plugins import PatchError, patchfile, patching
-from kl_plugins.patchfile import load_patches
-from kl_plugins.patching import Patching, bare_signature, changes, check, source_digest
+from kl_plugins import PatchError, patching
+from kl_plugins.patching import Patching, bare_signature, changes, check, load_patches, source_digest
+from kl_plugins.patching import targets as patchfile
 
 UTILS = """
 def approx(a, b=1):
@@ -586,7 +586,7 @@ def test_an_untested_version_is_refused_unless_opted_in_and_unchanged(host, capl
     with caplog.at_level(logging.WARNING), Patching(patches, allow_untested=True):
         assert call(STEP, 1) == 102
     (record,) = caplog.records
-    assert record.name == "kl_plugins.patching"
+    assert record.name == "kl_plugins.patching.inspection"
     assert "stubhost 1.1 was not tested, 1.0 was" in record.getMessage()
 
 
@@ -843,7 +843,7 @@ def test_data_is_found_in_a_wheel_and_in_a_clone(where, tmp_path, monkeypatch):
     for each in (package, folder):
         each.mkdir()
     (folder / "stubhost.toml").write_text(as_toml([STEP, LOSS]).replace('1.0"]', '1.0"]\n# Comments are welcome'))
-    monkeypatch.setattr(patchfile, "__file__", str(package / "patchfile.py"))
+    monkeypatch.setattr(patchfile, "__file__", str(package / "patching" / "targets.py"))
     patches = load_patches("stubhost")
     assert (patches.host, patches.tested) == ("stubhost", ("1.0",))
     step, _ = patches.targets

@@ -1,10 +1,4 @@
-"""Patches for hosts that offer no seam: find, check, claim, apply, verify, and undo in reverse.
-
-Which functions of which host versions may be replaced, and by what, is data: `patches/<host>.toml`. A function is
-replaced only where its source and its signature are those that were tested; anything unknown is refused, and nothing
-stays patched after a failure half-way. A wrapper is called with the original function and returns what takes its
-place. Its module must not import the modules that it patches at its own top level: they may just be being imported.
-"""
+"""Find a function of a host and say whether it is the one that was tested: its source, its signature, who holds it."""
 
 from __future__ import annotations
 
@@ -16,26 +10,20 @@ import logging
 import os
 import pkgutil
 import re
-import sys
 import textwrap
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import FunctionType, MappingProxyType, ModuleType, TracebackType
+from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
-from weakref import WeakSet
 
 from kl_plugins.errors import PatchError
-from kl_plugins.hosts import installed_version
-from kl_plugins.patchfile import HostPatches, Target, refuse_all
+from kl_plugins.patching.targets import HostPatches, Target, refuse_all
+from kl_plugins.patching.versions import installed_version
 
 OWNER_MARK = "__patched_by__"
 ALLOW_UNTESTED = "KL_PLUGINS_ALLOW_UNTESTED"  # the environment variable by which users say so
-_NONE: Mapping[Any, Any] = MappingProxyType({})
-_PATCHINGS: WeakSet[Patching] = WeakSet()
+NONE: Mapping[Any, Any] = MappingProxyType({})
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +37,6 @@ class Change:
     digest: str = ""
     signature: str = ""
     detail: str = ""  # why it is missing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Binding:
-    """A target as it is in this process: a plain record, fit for `dataclasses.asdict` and JSON."""
-
-    target: str
-    role: str
-    host: str
-    version: str  # that it was applied to; empty if it never was, as is the digest
-    digest: str
-    calls: int  # of the replacement; kept when it is undone
-    bound: bool  # whether the host finds the replacement now
-    pid: int
 
 
 def source_digest(function: Callable[..., Any]) -> str:
@@ -91,7 +65,7 @@ def check(patches: HostPatches, *, allow_untested: bool = False) -> None:
     Imports the host's modules. `allow_untested` accepts an unknown version, with a logged warning, as long as
     every target has a source and a signature that were tested.
     """
-    _examine(patches, patches.targets, allow_untested)
+    examine(patches, patches.targets, allow_untested)
 
 
 def untested_allowed() -> bool:
@@ -119,124 +93,8 @@ def changes(patches: HostPatches) -> list[Change]:
     return report
 
 
-def active() -> list[Binding]:
-    """What is replaced in this process now, by whichever `Patching`."""
-    return [binding for patching in _PATCHINGS for binding in patching.bindings() if binding.bound]
-
-
-class Patching:
-    """The targets of one host, applied in this process and undone again; as a context manager, for a while.
-
-    `owner` is whom a second patch of the same target is told about.
-    """
-
-    def __init__(self, patches: HostPatches, owner: str = "kl_plugins", *, allow_untested: bool = False) -> None:
-        self.patches, self.owner, self.allow_untested = patches, owner, allow_untested
-        self._applied: list[_Seam] = []  # what is to be undone
-        self._latest: dict[str, _Seam] = {}  # by target
-        self._finder: _Finder | None = None
-        _PATCHINGS.add(self)
-
-    def apply(self) -> None:
-        """Import the host's modules and replace every target, or raise one `PatchError` and replace none."""
-        self._refuse_twice()
-        self._apply(self.patches.targets, _NONE)
-
-    def apply_on_import(self) -> None:
-        """Replace the targets of modules already imported now, and those of others as soon as they are executed.
-
-        A module whose targets don't pass the check can't be imported: that raises the `PatchError`. Who imports a
-        replaced function by name gets the replacement, unless that name is a target of its own.
-        """
-        self._refuse_twice()
-        self._finder = _Finder(self._executed, {target.module for target in self.patches.targets})
-        sys.meta_path.insert(0, self._finder)
-        imported = {name: module for name in self._finder.modules if (module := sys.modules.get(name))}
-        try:
-            self._apply([target for target in self.patches.targets if target.module in imported], imported)
-        except BaseException as error:
-            self._remove_finder()
-            self._roll_back(self._applied, error)
-            raise
-
-    def undo(self) -> None:
-        """Put the host's own objects back, last first, and stop watching imports.
-
-        Raises `PatchError` for targets that somebody else has replaced since: they are left as they are, and another
-        `undo` tries again. All others are undone.
-        """
-        self._remove_finder()
-        refuse_all(f"{self.patches.host} can't be restored", self._undo(self._applied))
-
-    def bindings(self) -> list[Binding]:
-        """Every target as it is in this process, applied or not."""
-        return [
-            Binding(
-                target=target.name,
-                role=target.role,
-                host=self.patches.host,
-                version=seam.version if seam else "",
-                digest=seam.digest if seam else "",
-                calls=seam.calls if seam else 0,
-                bound=seam is not None and seam.bound,
-                pid=os.getpid(),
-            )
-            for target in self.patches.targets
-            for seam in [self._latest.get(target.name)]
-        ]
-
-    def __enter__(self) -> Patching:
-        self.apply()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.undo()
-
-    def _refuse_twice(self) -> None:
-        if self._applied or self._finder:
-            raise PatchError(f"{self.patches.host} is patched by {self.owner}, by this very Patching: undo() it first")
-
-    def _apply(self, targets: Sequence[Target], modules: Mapping[str, ModuleType]) -> None:
-        ours = {id(seam.installed): seam for seam in self._applied}
-        made: list[_Seam] = []
-        try:
-            for seam in _examine(self.patches, targets, self.allow_untested, modules, ours, claim=True):
-                if seam.target.wrapper:
-                    made.append(seam)
-                    self._applied.append(seam)
-                    seam.install(self.owner)
-                self._latest[seam.target.name] = seam
-        except BaseException as error:
-            self._roll_back(made, error)
-            raise
-
-    def _executed(self, module: ModuleType) -> None:
-        if self._finder is None:  # undone since the module was found
-            return
-        name = module.__name__
-        # A module that is reloaded has overwritten its functions; its former classes still have their replacements.
-        self._applied = [seam for seam in self._applied if seam.bound or seam.target.module != name]
-        self._apply([target for target in self.patches.targets if target.module == name], {name: module})
-
-    def _undo(self, seams: Sequence[_Seam]) -> list[str]:
-        problems = {seam: seam.uninstall() for seam in reversed(seams)}
-        self._applied = [seam for seam in self._applied if problems.get(seam) != ""]
-        return [problem for problem in problems.values() if problem]
-
-    def _roll_back(self, seams: Sequence[_Seam], error: BaseException) -> None:
-        for problem in self._undo(seams):
-            error.add_note(f"Not undone: {problem}")
-
-    def _remove_finder(self) -> None:
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-        self._finder = None
-
-
 @dataclass(eq=False)
-class _Seam:
+class Found:
     """A target in the installed host, and what was done to it."""
 
     target: Target
@@ -259,13 +117,16 @@ class _Seam:
 
     @property
     def current(self) -> Any:
+        """What the host finds under the name now."""
         return vars(self.holder).get(self.attribute)
 
     @property
     def bound(self) -> bool:
+        """Whether that is our replacement."""
         return self.current is self.installed
 
     def install(self, owner: str) -> None:
+        """Put the replacement there, marked as `owner`'s. Raises `PatchError` if it can't be made or doesn't stay."""
         name, wrapper, original = self.target.name, self.target.wrapper, self.original
         if self.current is not self.before:
             raise PatchError(f"{name} was replaced meanwhile, by {_who(self.current)}: list it only once")
@@ -306,67 +167,19 @@ class _Seam:
         return counted_async if inspect.iscoroutinefunction(self.function) else counted
 
 
-class _Finder(MetaPathFinder):
-    """Lets the finders behind it find the modules, and sees to it that `executed` is called with each."""
-
-    def __init__(self, executed: Callable[[ModuleType], None], modules: set[str]) -> None:
-        self.executed, self.modules = executed, modules
-        self._asking: set[tuple[int, str]] = set()
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        asking = (threading.get_ident(), fullname)
-        if fullname not in self.modules or asking in self._asking or self not in sys.meta_path:
-            return None
-        self._asking.add(asking)  # one of the others may ask all finders itself, this one too
-        try:
-            others = sys.meta_path[sys.meta_path.index(self) + 1 :]
-            found = (finder.find_spec(fullname, path, target) for finder in others)
-            spec = next((each for each in found if each), None)
-        finally:
-            self._asking.discard(asking)
-        if spec:
-            if not hasattr(spec.loader, "exec_module"):
-                raise PatchError(f"{fullname} can't be patched while {spec.loader!r} loads it: import it before")
-            spec.loader = _Loader(spec.loader, self.executed)
-        return spec
-
-
-class _Loader(Loader):
-    """Another loader, which the module gets to see, with `executed` called after it has executed the module."""
-
-    def __init__(self, loader: Any, executed: Callable[[ModuleType], None]) -> None:
-        self._loader, self._executed = loader, executed
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> Any:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ and module.__spec__.loader is self:
-            module.__spec__.loader = self._loader
-        if module.__loader__ is self:
-            module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        self._executed(module)
-
-
-def _examine(
+def examine(
     patches: HostPatches,
     targets: Sequence[Target],
     allow_untested: bool,
-    modules: Mapping[str, ModuleType] = _NONE,
-    ours: Mapping[int, _Seam] = _NONE,
+    modules: Mapping[str, ModuleType] = NONE,
+    ours: Mapping[int, Found] = NONE,
     claim: bool = False,
-) -> list[_Seam]:
+) -> list[Found]:
     """The targets in the installed host, or one `PatchError` with all that is wrong with them."""
     if not targets:
         return []
     version, tested = _version(patches), ", ".join(patches.tested)
-    remedy, seams, problems = _remedy(patches, version), [], []
+    remedy, there, problems = _remedy(patches, version), [], []
     if version not in patches.tested and not allow_untested:
         problems.append(
             f"{version} was not tested, {tested} was: {remedy} or, if no function changed, allow_untested "
@@ -374,23 +187,23 @@ def _examine(
         )
     for target in targets:
         try:
-            seam = _find(patches, target, version, modules.get(target.module), ours)
+            found = _find(patches, target, version, modules.get(target.module), ours)
             if target.wrapper:
                 _factory(target)
         except PatchError as error:
             problems.append(str(error))
             continue
-        if seam.digest not in seam.known:
-            known = " or ".join(sorted(digest[:12] for digest in seam.known))
-            problems.append(f"{target.name}: its source has digest {seam.digest[:12]}, tested was {known}: {remedy}")
-        if seam.signature not in target.signatures:
+        if found.digest not in found.known:
+            known = " or ".join(sorted(digest[:12] for digest in found.known))
+            problems.append(f"{target.name}: its source has digest {found.digest[:12]}, tested was {known}: {remedy}")
+        if found.signature not in target.signatures:
             known = " or ".join(target.signatures)
-            problems.append(f"{target.name} is called {seam.signature}, tested was {known}: {remedy}")
-        if claim and target.wrapper and hasattr(seam.function, OWNER_MARK):
+            problems.append(f"{target.name} is called {found.signature}, tested was {known}: {remedy}")
+        if claim and target.wrapper and hasattr(found.function, OWNER_MARK):
             problems.append(
-                f"{target.name} is already patched by {getattr(seam.function, OWNER_MARK)}: undo that first"
+                f"{target.name} is already patched by {getattr(found.function, OWNER_MARK)}: undo that first"
             )
-        seams.append(seam)
+        there.append(found)
     parts = f" ({', '.join(patches.parts)})" if patches.parts else ""
     refuse_all(f"{patches.host} {version}{parts} can't be hooked", problems)
     if version not in patches.tested:
@@ -398,12 +211,12 @@ def _examine(
         logger.warning(
             "%s %s was not tested, %s was; unchanged, and opted in: %s", patches.host, version, tested, names
         )
-    return seams
+    return there
 
 
 def _find(
-    patches: HostPatches, target: Target, version: str, module: Any = None, ours: Mapping[int, _Seam] = _NONE
-) -> _Seam:
+    patches: HostPatches, target: Target, version: str, module: Any = None, ours: Mapping[int, Found] = NONE
+) -> Found:
     """The target, if need be by importing its module; `PatchError` if there is no function that can be patched."""
     name, remedy = target.name, _remedy(patches, version)
     try:
@@ -419,8 +232,8 @@ def _find(
         if part not in vars(holder):
             raise PatchError(f"{name} is missing: {_instead(holder, part)}: {remedy}")
         before = vars(holder)[part]
-    seam = ours.get(id(before))  # what we installed elsewhere, imported from there by name
-    original = seam.original if seam and seam.holder is not holder else before
+    installed = ours.get(id(before))  # what we installed elsewhere, imported from there by name
+    original = installed.original if installed and installed.holder is not holder else before
     function = original.__func__ if isinstance(original, staticmethod | classmethod) else original
     if not isinstance(function, FunctionType):
         raise PatchError(f"{name} is a {type(function).__name__}, not a function or method: {remedy}")
@@ -436,7 +249,7 @@ def _find(
     if own is not function and not decorated and not hasattr(function, OWNER_MARK):
         raise PatchError(f"{name} is already wrapped, by {_who(function)}: undo that first")
     digest, signature = source_digest(own), bare_signature(function)
-    return _Seam(target, version, holder, part, before, original, function, digest, signature)
+    return Found(target, version, holder, part, before, original, function, digest, signature)
 
 
 def _factory(target: Target) -> Callable[..., Any]:

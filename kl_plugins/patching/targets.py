@@ -67,7 +67,7 @@ def load_patches(host: str, *parts: str, folder: Path | None = None) -> HostPatc
 
     Raises one `PatchError` that lists all that is wrong with the file.
     """
-    package = Path(__file__).parent  # in a wheel the data lies within the package, in a clone beside it
+    package = Path(__file__).parents[1]  # in a wheel the data lies within the package, in a clone beside it
     folder = folder or (package / "_patches" if (package / "_patches").exists() else package.parent / "patches")
     path = folder / f"{host}.toml"
     try:

@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 from kl_plugins.errors import PatchError
-from kl_plugins.patchfile import refuse_all
+from kl_plugins.patching.targets import refuse_all
 
 HOST = "HOST"
 CO_FUTURE_ANNOTATIONS = 0x1000000  # `__future__.annotations.compiler_flag`: that a module has that import
