@@ -11,28 +11,28 @@ from typing import TYPE_CHECKING, Any
 from kl_plugins._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from kl_plugins.core.exact import ExactKL, exact_kl
+    from kl_plugins.core.registry import KLLoss, all_losses, get_loss, register
+    from kl_plugins.core.spec import KLSpec
+    from kl_plugins.core.terms import KLTerms, kl_terms, leave_one_out_baseline, surrogate
     from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
-    from kl_plugins.exact import ExactKL, exact_kl
-    from kl_plugins.registry import KLLoss, all_losses, get_loss, register
-    from kl_plugins.spec import KLSpec
-    from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, surrogate
     from kl_plugins.trl.apply import apply_to_trl
 
 _HOME = {
     "ConfigError": "errors",
     "PatchError": "errors",
     "UnknownLossError": "errors",
-    "ExactKL": "exact",
-    "exact_kl": "exact",
-    "KLLoss": "registry",
-    "all_losses": "registry",
-    "get_loss": "registry",
-    "register": "registry",
-    "KLSpec": "spec",
-    "KLTerms": "terms",
-    "kl_terms": "terms",
-    "leave_one_out_baseline": "terms",
-    "surrogate": "terms",
+    "ExactKL": "core.exact",
+    "exact_kl": "core.exact",
+    "KLLoss": "core.registry",
+    "all_losses": "core.registry",
+    "get_loss": "core.registry",
+    "register": "core.registry",
+    "KLSpec": "core.spec",
+    "KLTerms": "core.terms",
+    "kl_terms": "core.terms",
+    "leave_one_out_baseline": "core.terms",
+    "surrogate": "core.terms",
     "apply_to_trl": "trl.apply",
 }
 __all__ = [

@@ -102,8 +102,8 @@ def all_curves() -> tuple[list[Curve], list[str]]:
 
 def our_term(name: str, credit: str) -> Term:
     """The term of `kl_terms`, every log-ratio a sequence of its own."""
-    from kl_plugins.spec import KLSpec
-    from kl_plugins.terms import kl_terms
+    from kl_plugins.core.spec import KLSpec
+    from kl_plugins.core.terms import kl_terms
 
     spec = KLSpec(name=name, credit=credit, allow_biased=True)
 

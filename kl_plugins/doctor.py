@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kl_plugins.core.registry import LOSSES, get_loss, third_party_names
 from kl_plugins.errors import PatchError
 from kl_plugins.openrlhf.driver import HOOK, OPTIONS, RAY_HOOK
 from kl_plugins.patching import ALLOW_UNTESTED, HostPatches, active, check, load_patches, untested_allowed
 from kl_plugins.patching.versions import installed_version
-from kl_plugins.registry import LOSSES, get_loss, third_party_names
 
 TRL_PARTS = ("grpo", "rloo", "gmpo", "apply_grpo", "apply_rloo")
 # What a user asks for -> how it is used, host, and the parts of patches/<host>.toml that it relies on.

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kl_plugins.core.registry import KLLoss, all_losses, get_loss
 from kl_plugins.errors import ConfigError, UnknownLossError
-from kl_plugins.registry import KLLoss, all_losses, get_loss
 from kl_plugins.verdicts.runs import infer_trainer
 from kl_plugins.verdicts.settings import from_flags, read_file, read_flags
 from kl_plugins.verdicts.verdict import MEANING, OFF_POLICY, TRAINERS, Explanation, explain_run, not_offered

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from kl_plugins.controllers import Controller, ControllerSpec
+from kl_plugins.core.controllers import Controller, ControllerSpec
+from kl_plugins.core.registry import get_loss
+from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError
 from kl_plugins.leave_out import words_of
-from kl_plugins.registry import get_loss
-from kl_plugins.spec import KLSpec
 
 # Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
 COEFFICIENT_BOUND = 1e6

@@ -14,11 +14,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kl_plugins.core.exact import exact_kl
+from kl_plugins.core.registry import get_loss
+from kl_plugins.core.spec import KLSpec
+from kl_plugins.core.terms import KLTerms, kl_terms
 from kl_plugins.errors import ConfigError
-from kl_plugins.exact import exact_kl
-from kl_plugins.registry import get_loss
-from kl_plugins.spec import KLSpec
-from kl_plugins.terms import KLTerms, kl_terms
 
 RTOL = 1e-10
 

@@ -35,7 +35,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from kl_plugins.monitor import merged, monitor_metrics
+from kl_plugins.core.monitor import merged, monitor_metrics
 from kl_plugins.trl.monitor import KLMonitorCallback
 
 CUDA = torch.cuda.is_available()

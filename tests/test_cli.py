@@ -12,8 +12,9 @@ from tiny_openrlhf import import_openrlhf
 from typer.testing import CliRunner
 
 import kl_plugins.patching.versions
-from kl_plugins import all_losses, registry
+from kl_plugins import all_losses
 from kl_plugins.cli import app
+from kl_plugins.core import registry
 from kl_plugins.openrlhf import driver
 from kl_plugins.patching import ALLOW_UNTESTED, Patching, load_patches
 

@@ -13,7 +13,7 @@ import torch
 import kl_plugins
 from kl_plugins import ConfigError, KLSpec
 from kl_plugins.conformance import from_function, from_spec, learn, load, problems
-from kl_plugins.registry import LOSSES
+from kl_plugins.core.registry import LOSSES
 
 UNBOUNDED = (0.0, float("inf"))
 PRINCIPLED = [

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import kl_plugins.verdicts.runs
 from kl_plugins import ConfigError, UnknownLossError, all_losses
 from kl_plugins.cli import app
+from kl_plugins.core.registry import GRADIENTS, LOSSES
 from kl_plugins.curves import host_loss
 from kl_plugins.explain import explain_words
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_run
@@ -32,7 +33,6 @@ from kl_plugins.oracle import (
     token_logp,
     true_gradient,
 )
-from kl_plugins.registry import GRADIENTS, LOSSES
 from kl_plugins.trl import GRPOConfig, RLOOConfig
 from kl_plugins.verdicts.host_terms import MARKS, OPTIONS, OURS, TERMS
 from kl_plugins.verdicts.runs import kl_options

@@ -242,7 +242,7 @@ def test_rows_without_a_step_are_numbered(tmp_path):
 
 def test_every_metric_that_is_asked_for_is_one_that_is_logged():
     from kl_plugins import KLSpec, kl_terms
-    from kl_plugins.metrics import kl_metrics, kl_sums
+    from kl_plugins.core.metrics import kl_metrics, kl_sums
 
     torch = pytest.importorskip("torch")
     ones = torch.ones(1, 1)

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from kl_plugins.cli import app
 from kl_plugins.conformance import measure
 from kl_plugins.conformance.subject import from_function, from_spec
+from kl_plugins.core.spec import KLSpec
 from kl_plugins.oracle import relative_error, second_moment
 from kl_plugins.patching.versions import installed_version
 from kl_plugins.scoreboard import command, frameworks, language_model, pages, worker
-from kl_plugins.spec import KLSpec
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +65,7 @@ def found(rows):
 
 
 def test_every_configuration_of_ours_is_a_row(entries):
-    from kl_plugins.registry import all_losses
+    from kl_plugins.core.registry import all_losses
 
     for name, loss in all_losses().items():
         for credit, gradient in loss.gradient_of.items():

@@ -15,7 +15,7 @@ from kl_plugins.audit.data import Rollouts
 from kl_plugins.audit.gradients import Scored, TermGradients, target_gradients, term_gradients
 from kl_plugins.audit.sketch import Sketch
 from kl_plugins.audit.statistics import Resampled, target_statistics, term_statistics
-from kl_plugins.estimators import k1, k2, k3
+from kl_plugins.core.estimators import k1, k2, k3
 
 # A coefficient of 0 is a dead one if the log-ratio (nats) is further from 0 than float32's rounding.
 DEAD_BEYOND = 1e-6

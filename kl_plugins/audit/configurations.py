@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.estimators import k1
-from kl_plugins.exact import ExactKL
+from kl_plugins.core.estimators import k1
+from kl_plugins.core.exact import ExactKL
+from kl_plugins.core.registry import all_losses
+from kl_plugins.core.spec import OFF_POLICY, KLSpec
+from kl_plugins.core.terms import assign_credit, kl_terms
 from kl_plugins.patching.versions import installed_version
-from kl_plugins.registry import all_losses
-from kl_plugins.spec import OFF_POLICY, KLSpec
-from kl_plugins.terms import assign_credit, kl_terms
 
 # In the loss: what compute_approx_kl is asked for. In the reward: the values of these estimators.
 OPENRLHF_ESTIMATORS = ("k1", "k2", "k3")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kl_plugins.audit.configurations import Coefficients, Configuration, Pointwise, Tokens
 from kl_plugins.audit.sketch import Sketch
-from kl_plugins.terms import assign_credit
+from kl_plugins.core.terms import assign_credit
 
 TARGETS = ("reverse_kl", "local_reverse_kl", "local_forward_kl")
 PREFIX_BOUND = 10.0

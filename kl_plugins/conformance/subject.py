@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.core.registry import get_loss
+from kl_plugins.core.spec import KLSpec
+from kl_plugins.core.terms import assign_credit, kl_terms
 from kl_plugins.errors import ConfigError
-from kl_plugins.registry import get_loss
-from kl_plugins.spec import KLSpec
-from kl_plugins.terms import assign_credit, kl_terms
 
 KINDS = ("loss", "reward", "coefficient")
 
@@ -64,7 +64,7 @@ class Subject:
 
     name: str
     claims: str = ""
-    """Of `kl_plugins.registry.GRADIENTS`; empty: none."""
+    """Of `kl_plugins.core.registry.GRADIENTS`; empty: none."""
     coefficient: Coefficient | None = None
     gradient: Gradient | None = None
     grouped: bool = False
@@ -158,7 +158,7 @@ def from_spec(spec: KLSpec, **fields: Any) -> Subject:
 
 def _exact_registered(spec: KLSpec) -> Gradient:
     """Of a registered configuration that sums over the vocabulary: its loss, differentiated to the logits."""
-    exact_kl = import_module("kl_plugins.exact").exact_kl
+    exact_kl = import_module("kl_plugins.core.exact").exact_kl
 
     def gradient(scored: Scored) -> Tensor:
         assert scored.logits is not None

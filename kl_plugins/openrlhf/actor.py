@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.advantages import up_to_date
+from kl_plugins.core.advantages import refresh_advantages
+from kl_plugins.core.metrics import SUMS, WEIGHT_METRICS, kl_metrics, kl_sums
+from kl_plugins.core.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.errors import PatchError
-from kl_plugins.metrics import OWN_WEIGHTS, SUMS, kl_metrics, kl_sums
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.monitor import metrics_of, watching
 from kl_plugins.openrlhf.plan import Plan, plan_of
 from kl_plugins.openrlhf.seam import from_info, left_out_of, over_ranks, show
-from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
 
 Host = Callable[..., Any]
 
@@ -136,7 +136,7 @@ def terms_of(plan: Plan, experience: Any, log_probs: Tensor, log_probs_base: Ten
 
 @contextmanager
 def _advantages_of_now(trainer: Any, plan: Plan, experience: Any, beta: float) -> Iterator[None]:
-    """Bring the KL in the advantages up to date with the policy that is being updated; see `up_to_date`."""
+    """Bring the KL in the advantages up to date with the policy that is being updated; see `refresh_advantages`."""
     loss_fn = trainer.actor_loss_fn
     scale = _advantage_scale(experience)
     plan = without_baseline(plan)  # which is in the advantages already
@@ -146,7 +146,7 @@ def _advantages_of_now(trainer: Any, plan: Plan, experience: Any, beta: float) -
         now = terms_of(plan, experience, log_probs, base)
         then = terms_of(plan, experience, old_log_probs, base)
         _count(trainer, now, beta)
-        advantages = up_to_date(
+        advantages = refresh_advantages(
             advantages,
             spec=plan.spec,
             now=now,
@@ -202,5 +202,5 @@ def _metrics(trainer: Any, beta: float) -> dict[str, Any]:
     plan = plan_of(trainer.args)
     metrics: dict[str, Any] = dict(kl_metrics(sums, weight_max=largest, beta=beta, leaves_out=plan.leaves_out))
     if plan.in_reward:  # OpenRLHF's own ratio and clip apply, and are logged by it
-        metrics = {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
+        metrics = {name: value for name, value in metrics.items() if name not in WEIGHT_METRICS}
     return metrics | {KL_SUMS: sums.cpu()}

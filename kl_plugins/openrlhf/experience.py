@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kl_plugins.advantages import token_cost
-from kl_plugins.controllers import Controller
+from kl_plugins.core.advantages import token_penalty
+from kl_plugins.core.controllers import Controller
+from kl_plugins.core.metrics import next_beta
+from kl_plugins.core.terms import leave_one_out_baseline
 from kl_plugins.leave_out import equal_reward_rows
-from kl_plugins.metrics import controlled
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.actor import (
     KL_SUMS,
@@ -28,7 +29,6 @@ from kl_plugins.openrlhf.actor import (
 )
 from kl_plugins.openrlhf.plan import Plan, plan_of
 from kl_plugins.openrlhf.seam import EQUAL_REWARDS, left_out_of, seeing
-from kl_plugins.terms import leave_one_out_baseline
 
 
 def make_experience(host: Host) -> Host:
@@ -111,7 +111,7 @@ def train_step(host: Host) -> Host:
         status, global_step = host(trainer, rollout_samples, global_step)
         sums = status.pop(KL_SUMS, None)
         if controller and sums is not None:
-            status["kl/beta"] = controlled(controller, sums)
+            status["kl/beta"] = next_beta(controller, sums)
         worker.report()
         trained = "policy_loss" in status  # not while only the critic is, nor by a rollout too short for a step
         if trained and not getattr(trainer, "kl_plugins_proven", False):
@@ -185,7 +185,7 @@ def _charging(plan: Plan, samples_list: list[Any]) -> AbstractContextManager[Non
     def cost(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
         batch = next(samples)
         batch.action_log_probs = log_probs  # the behavior policy, where vLLM did not report
-        return token_cost(plan.spec, terms_of(plan, batch, log_probs, log_probs_base))
+        return token_penalty(plan.spec, terms_of(plan, batch, log_probs, log_probs_base))
 
     return answering(cost, expected=len(samples_list) if plan.in_reward else 0)
 

@@ -1,6 +1,6 @@
 """In the policy's processes: what the log-probs of a run say about its KL, ours or OpenRLHF's own (`kl_monitor`).
 
-It reads what a training step computes anyway, and changes nothing. `kl_plugins.monitor` has the numbers.
+It reads what a training step computes anyway, and changes nothing. `kl_plugins.core.monitor` has the numbers.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.core.monitor import MAXIMA, coefficient, merged, monitor_metrics, monitor_sums, nothing_seen
 from kl_plugins.errors import PatchError
 from kl_plugins.leave_out import token_classes
-from kl_plugins.monitor import MAXIMA, coefficient, merged, monitor_metrics, monitor_sums, nothing_seen
 from kl_plugins.openrlhf.plan import Plan, plan_of
 from kl_plugins.openrlhf.seam import left_out_of, over_ranks, seeing, token_ids
 

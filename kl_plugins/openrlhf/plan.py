@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kl_plugins._version import __version__
-from kl_plugins.controllers import ControllerSpec
+from kl_plugins.core.controllers import ControllerSpec
+from kl_plugins.core.registry import distribution_problems, get_loss
+from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError, PatchError, refuse
 from kl_plugins.leave_out import LeftOut, left_out
 from kl_plugins.options import LEAVE_OUT_OPTIONS, KLOptions, option
-from kl_plugins.registry import distribution_problems, get_loss
-from kl_plugins.spec import KLSpec
 
 PLACEMENTS = ("auto", "loss", "reward")
 # Those that give each prompt a group of completions, whose other members can be a baseline.

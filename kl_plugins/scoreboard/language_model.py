@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kl_plugins.conformance.subject import Scored, Subject
-from kl_plugins.terms import assign_credit
+from kl_plugins.core.terms import assign_credit
 
 ALPHABET = "\n0123456789+=;"
 END, PROMPT, LENGTH = 0, 6, 20

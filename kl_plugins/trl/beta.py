@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from kl_plugins.controllers import Controller
+from kl_plugins.core.controllers import Controller
 
 logger = logging.get_logger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import trl
 
+from kl_plugins.core.registry import get_loss
 from kl_plugins.options import ReferenceOptions, option
-from kl_plugins.registry import get_loss
 from kl_plugins.trl.fields import KLFields, check_trl
 from kl_plugins.trl.sampling import sampling_problems
 from kl_plugins.trl.seam import unclaimed_beta

@@ -3,9 +3,9 @@
 TRL scores completions from hidden states and the LM head's weight, in tiles (`add_fused_lm_head`). Its kernel is
 called with all that the next-token distributions are made of, as TRL itself reads it off the model: hidden states,
 weight and bias, temperature, softcapping and scale. `recorded` keeps these arguments of the passes that TRL makes
-anyway; `kl_plugins.heads.head_kl` makes the KL of them. Where the reference's hidden states are there before the pass,
-`kl_plugins.heads.head_scores` makes the log-probs in the kernel's stead, and the KL with them. A KL that needs a pass
-of its own is computed by TRL's kernel for divergences where that is a Triton kernel, on GPUs.
+anyway; `core.fused_linear_kl` makes the KL of them. Where the reference's hidden states are there before the pass, it
+makes the log-probs in the kernel's stead as well, and the KL with them. A KL that needs a pass of its own is computed
+by TRL's kernel for divergences where that is a Triton kernel, on GPUs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from trl.trainer import utils as host
 
+from kl_plugins.core.exact import ExactKL
+from kl_plugins.core.fused_linear_kl import LMHead, fused_linear_kl, fused_linear_kl_and_logps
+from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import PatchError
-from kl_plugins.exact import ExactKL
-from kl_plugins.heads import Head, head_kl, head_scores
-from kl_plugins.spec import KLSpec
 
 KERNEL = "_ChunkedLogProbFunction"
 # Where a parameter's gradient may have two sources, and its weight is whole outside of the model's forward.
@@ -41,7 +41,7 @@ class Scored:
 
     hidden: Tensor
     """(B, T, H): what each completion token was predicted from, with its graph if it has one; junk at padding."""
-    head: Head
+    head: LMHead
     kl: Tensor | None = None
     """(B, T) divergences from the `Reference` that the scoring was given, with their graph; 0 at padding."""
 
@@ -52,7 +52,7 @@ class Reference:
 
     hidden: Tensor
     """(B, T, H)."""
-    head: Head
+    head: LMHead
     of: str
     """`"reverse_kl"` or `"forward_kl"`."""
 
@@ -66,7 +66,7 @@ class Passes:
     length: int  # T
     batch_size: int
     reference: Reference | None = None
-    calls: list[tuple[Tensor, Head, Tensor | None]] = field(default_factory=list)
+    calls: list[tuple[Tensor, LMHead, Tensor | None]] = field(default_factory=list)
 
     def apply(
         self,
@@ -83,7 +83,7 @@ class Passes:
         """TRL's own, called with the same; ours, if there is a reference and the kernel would round no logits."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        head = Head(
+        head = LMHead(
             weight=weight,
             bias=bias,
             scale=logit_scale,
@@ -100,7 +100,7 @@ class Passes:
             hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, *outputs
         )
 
-    def _fused(self, hidden: Tensor, head: Head, targets: Tensor, reference: Reference) -> tuple[Tensor, ...]:
+    def _fused(self, hidden: Tensor, head: LMHead, targets: Tensor, reference: Reference) -> tuple[Tensor, ...]:
         """(b, T) divergences, and (N,) log-probs and entropies in TRL's dtype: of completions, 0 elsewhere."""
         first = len(self.calls) * self.batch_size
         batch = slice(first, first + self.batch_size)
@@ -110,7 +110,7 @@ class Passes:
             rows = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         else:
             rows = torch.nn.functional.pad(counted, (len(hidden) // len(counted) - self.length, 0)).flatten()
-        kl, logp, entropy = head_scores(
+        kl, logp, entropy = fused_linear_kl_and_logps(
             reference.of,
             hidden=hidden[rows],
             head=head,
@@ -145,18 +145,20 @@ def _by_position(hidden: Tensor, counted: Tensor) -> Tensor:
     return hidden.new_zeros(batch, length, hidden.size(-1)).index_put((counted,), hidden)
 
 
-def exact_kl_of(spec: KLSpec, scored: Scored, *, ref_hidden: Tensor, ref_head: Head, mask: Tensor) -> ExactKL:
+def exact_kl_of(spec: KLSpec, scored: Scored, *, ref_hidden: Tensor, ref_head: LMHead, mask: Tensor) -> ExactKL:
     """The KL of a scoring to the reference, of (B, T, H) hidden states: that of the same pass if it was made there."""
     head, value = scored.head, scored.kl
     if value is None and mask.device.type in TRITON and head.dtype != torch.float64:
         value = _by_host(spec.loss.exact, scored, ref_hidden, ref_head, mask.bool())
     if value is None:
-        return head_kl(spec, hidden=scored.hidden, head=head, ref_hidden=ref_hidden, ref_head=ref_head, mask=mask)
+        return fused_linear_kl(
+            spec, hidden=scored.hidden, head=head, ref_hidden=ref_hidden, ref_head=ref_head, mask=mask
+        )
     counted = mask.bool()
     return ExactKL(value=torch.where(counted, value, 0.0), outside=torch.zeros_like(counted), of=spec.loss.exact)
 
 
-def _by_host(of: str, scored: Scored, ref_hidden: Tensor, ref_head: Head, counted: Tensor) -> Tensor | None:
+def _by_host(of: str, scored: Scored, ref_hidden: Tensor, ref_head: LMHead, counted: Tensor) -> Tensor | None:
     """(B, T) by TRL's kernel; None where a model excludes a token, for which it has no defined result."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # not in TRL below 1.16
 

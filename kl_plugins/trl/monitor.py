@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from kl_plugins.errors import refuse
-from kl_plugins.monitor import (
+from kl_plugins.core.monitor import (
     coefficient,
     merged,
     monitor_metrics,
@@ -25,6 +24,7 @@ from kl_plugins.monitor import (
     nothing_seen,
     squared_gradient_norms,
 )
+from kl_plugins.errors import refuse
 from kl_plugins.trl.seam import HostBeta
 from kl_plugins.trl.trainer import completion_mask
 from kl_plugins.trl.watched import (

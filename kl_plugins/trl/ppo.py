@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from kl_plugins.advantages import token_cost, up_to_date
+from kl_plugins.core.advantages import refresh_advantages, token_penalty
+from kl_plugins.core.metrics import WEIGHT_METRICS, kl_metrics, kl_sums, next_beta
+from kl_plugins.core.registry import distribution_problems, get_loss
+from kl_plugins.core.spec import KLSpec
+from kl_plugins.core.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.errors import ConfigError, PatchError, refuse
 from kl_plugins.leave_out import left_out
-from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
 from kl_plugins.options import LEAVE_OUT_OPTIONS
 from kl_plugins.patching import load_patches
 from kl_plugins.patching.rewrite import HOST, Edit, edited
 from kl_plugins.patching.versions import installed_version
-from kl_plugins.registry import distribution_problems, get_loss
-from kl_plugins.spec import KLSpec
-from kl_plugins.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback
 from kl_plugins.trl.fields import Hook, KLFields, check_trl
 from kl_plugins.trl.sampling import model_generation_problems
@@ -266,7 +266,7 @@ class KLInPPO:
         self._kl_moved = False
         if not self.args.kl_in_reward:
             return torch.zeros_like(logp)
-        return -self.kl_beta * token_cost(self.kl_spec, self.compute_kl_terms(logp, logp, ref_logp, mask))
+        return -self.kl_beta * token_penalty(self.kl_spec, self.compute_kl_terms(logp, logp, ref_logp, mask))
 
     def _kl_whitened(self, raw: Tensor, whitened: Tensor, mask: Tensor) -> Tensor:
         """`whitened`, TRL's own, after what it multiplied the (B, T) advantages with was read off it.
@@ -281,7 +281,7 @@ class KLInPPO:
     def _kl_advantages(
         self, advantages: Tensor, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, mask: Tensor
     ) -> Tensor:
-        """(B, T) advantages of a micro-batch with the KL of the current policy, `logp`, in them; see `up_to_date`."""
+        """(B, T) advantages of a micro-batch with the KL of the current policy in them; see `refresh_advantages`."""
         if not self.args.kl_in_reward:
             return advantages
         now = self.compute_kl_terms(logp, old_logp, ref_logp, mask)
@@ -290,7 +290,7 @@ class KLInPPO:
             self._kl_moved = self.accelerator.sync_gradients  # of this micro-batch comes an update
             return advantages
         then = self.compute_kl_terms(old_logp, old_logp, ref_logp, mask)
-        return up_to_date(
+        return refresh_advantages(
             advantages,
             spec=self.kl_spec,
             now=now,
@@ -327,7 +327,7 @@ class KLInPPO:
         if self._kl_since_update is not None:
             sums = self.accelerator.reduce(self._kl_since_update, reduction="sum")
             self._kl_since_update = None
-            self.set_beta(controlled(self.kl_controller, sums))
+            self.set_beta(next_beta(self.kl_controller, sums))
 
     def kl_metrics(self) -> dict[str, float]:
         """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
@@ -339,7 +339,7 @@ class KLInPPO:
         metrics = kl_metrics(sums, weight_max=largest, beta=self.kl_beta, leaves_out=self.args.leaves_out())
         if not self.args.kl_in_reward or self._kl_scale is None:
             return metrics
-        metrics = {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
+        metrics = {name: value for name, value in metrics.items() if name not in WEIGHT_METRICS}
         scale = self.accelerator.gather(self._kl_scale).mean()
         return metrics | {"kl/advantage_scale": scale.item()}
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from kl_plugins.core.exact import ExactKL
+from kl_plugins.core.fused_linear_kl import LMHead
+from kl_plugins.core.metrics import WEIGHT_METRICS, kl_metrics, kl_sums, next_beta
+from kl_plugins.core.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.errors import PatchError, refuse
-from kl_plugins.exact import ExactKL
-from kl_plugins.heads import Head
 from kl_plugins.leave_out import equal_reward_rows, left_out
-from kl_plugins.metrics import OWN_WEIGHTS, controlled, kl_metrics, kl_sums
-from kl_plugins.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.trl.beta import BetaCallback, say_dropped_controller
 from kl_plugins.trl.exact import Reference, Scored, distribution_problems, exact_kl_of, recorded
 from kl_plugins.trl.reference import (
@@ -45,7 +45,7 @@ class KLTrainer:
     _kl_made = 0  # terms, in training steps
     _exact = False  # whether the KL is summed over the vocabulary
     _scored: tuple[Scored, ...] = ()  # the host's latest scoring passes, if it is
-    _reference_head: Head | None = None
+    _reference_head: LMHead | None = None
     _compared_with: Reference | None = None  # what the scoring pass of a micro-batch is, if it is
     length_normalized = ""
     """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
@@ -292,7 +292,7 @@ class KLTrainer:
         if self._kl_since_update is not None:
             sums = self.accelerator.reduce(self._kl_since_update, reduction="sum")
             self._kl_since_update = None
-            self.set_beta(controlled(self.kl_controller, sums))
+            self.set_beta(next_beta(self.kl_controller, sums))
 
     def kl_metrics(self) -> dict[str, float]:
         """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
@@ -303,7 +303,7 @@ class KLTrainer:
         weight_max = self.accelerator.gather(self._kl_weight_max.pop(mode)).max()
         metrics = kl_metrics(sums, weight_max=weight_max, beta=float(self.beta), leaves_out=self.args.leaves_out())
         if self.kl_spec.clip == "combined":  # TRL's own ratio and clip apply, and are logged by TRL
-            return {name: value for name, value in metrics.items() if name not in OWN_WEIGHTS}
+            return {name: value for name, value in metrics.items() if name not in WEIGHT_METRICS}
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -46,7 +46,7 @@ class HostTerm:
     coefficient: str
     """What multiplies the score grad log pi(y_t), before beta and the host's reduction."""
     gradient_of: str
-    """The expected on-policy gradient, one of `kl_plugins.registry.GRADIENTS`; a dead zone's tokens left aside."""
+    """The expected on-policy gradient, one of `core.registry.GRADIENTS`; a dead zone's tokens left aside."""
     expected: str = ""
     """Where it is biased: what it is instead."""
     weighs_stale: bool = False

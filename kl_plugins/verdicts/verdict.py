@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from kl_plugins.registry import LOSSES
+from kl_plugins.core.registry import LOSSES
 from kl_plugins.trl.sampling import sampling_problems
 from kl_plugins.verdicts.host_terms import BETA, HOSTS, NO_ENGINE, OURS, TERMS, VERSIONS, HostTerm
 from kl_plugins.verdicts.runs import Finding, Run, kl_options, nested, read_run
@@ -113,7 +113,9 @@ def explain_run(given: Mapping[str, Any], trainer: str, assumed: Sequence[str] =
     configuration = {**run.settings, **kl, **placed}
     return Explanation(
         host=HOSTS[trainer] if run.spec is None else f"{HOSTS[trainer]} with kl_plugins",
-        facts=f"{VERSIONS[trainer]}: {run.term.source}" if run.term else f"kl_plugins/terms.py; {VERSIONS[trainer]}",
+        facts=f"{VERSIONS[trainer]}: {run.term.source}"
+        if run.term
+        else f"kl_plugins/core/terms.py; {VERSIONS[trainer]}",
         verdict=verdict,
         exit_code={"principled": 0, "another divergence": 0, "refused": 2}.get(verdict, 1),
         configuration=configuration,

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kl_plugins import ConfigError, controllers
-from kl_plugins.controllers import PI, ControllerSpec, Proportional
+from kl_plugins import ConfigError
+from kl_plugins.core import controllers
+from kl_plugins.core.controllers import PI, ControllerSpec, Proportional
 
 FEEDBACK = ("proportional", "pi")
 OPTIONS = {
@@ -697,6 +698,6 @@ def test_every_option_is_read_by_some_controller():
 
 
 def test_needs_neither_torch_nor_numpy():
-    program = "import sys, kl_plugins.controllers; print({'torch', 'numpy'} & set(sys.modules))"
+    program = "import sys, kl_plugins.core.controllers; print({'torch', 'numpy'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

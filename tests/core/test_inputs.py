@@ -7,7 +7,8 @@ import pytest
 import torch
 from numerics import SAMPLED
 
-from kl_plugins import ConfigError, KLSpec, kl_terms, registry, surrogate
+from kl_plugins import ConfigError, KLSpec, kl_terms, surrogate
+from kl_plugins.core import registry
 
 EVERY_SPEC = [
     {"name": name, "credit": credit, "off_policy": off, "clip": clip, "baseline": baseline}

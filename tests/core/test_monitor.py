@@ -9,7 +9,7 @@ import pytest
 import torch
 from plain_monitor import mean_and_error, plain_metrics
 
-from kl_plugins.monitor import merged, monitor_metrics, monitor_sums, nothing_seen, squared_gradient_norms
+from kl_plugins.core.monitor import merged, monitor_metrics, monitor_sums, nothing_seen, squared_gradient_norms
 
 
 def made_up(rows=9, length=70, seed=0, dtype=torch.float32):

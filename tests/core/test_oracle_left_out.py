@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kl_plugins import KLSpec, kl_terms
+from kl_plugins.core.exact import ExactKL
+from kl_plugins.core.metrics import SUMS, kl_metrics, kl_sums
+from kl_plugins.core.terms import leave_one_out_baseline
 from kl_plugins.errors import ConfigError
-from kl_plugins.exact import ExactKL
-from kl_plugins.metrics import SUMS, kl_metrics, kl_sums
 from kl_plugins.oracle import RTOL, enumerate_sequences, expected_gradient, relative_error, structured_policies
-from kl_plugins.terms import leave_one_out_baseline
 
 UNBOUNDED = (0.0, math.inf)
 TOKENS = pytest.mark.parametrize("tokens", [(0,), (1,), (0, 2)], ids=str)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kl_plugins import ConfigError, KLLoss, KLSpec, estimators, oracle, registry
+from kl_plugins import ConfigError, KLLoss, KLSpec, oracle
+from kl_plugins.core import estimators, registry
 from kl_plugins.oracle import RTOL, expected_gradient, relative_error, true_gradient
 
 EVERY_CREDIT = [(name, credit) for name, loss in registry.LOSSES.items() for credit in loss.gradient_of]

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import SAMPLED
 
-from kl_plugins import KLSpec, kl_terms, registry
+from kl_plugins import KLSpec, kl_terms
+from kl_plugins.core import registry
 
 OUTPUTS = ("loss", "value", "coefficient", "weight", "score_coefficient", "log_ratio", "mask", "cut", "unscored")
 # Reproducible, and no database: a run leaves nothing behind.

@@ -6,7 +6,8 @@ from importlib.metadata import EntryPoint, EntryPoints
 import pytest
 
 import kl_plugins
-from kl_plugins import ConfigError, KLLoss, KLSpec, UnknownLossError, all_losses, estimators, get_loss, registry
+from kl_plugins import ConfigError, KLLoss, KLSpec, UnknownLossError, all_losses, get_loss
+from kl_plugins.core import estimators, registry
 
 HERE = "third_party_of_this_test"
 

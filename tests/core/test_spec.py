@@ -6,7 +6,8 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
-from kl_plugins import ConfigError, KLSpec, UnknownLossError, registry
+from kl_plugins import ConfigError, KLSpec, UnknownLossError
+from kl_plugins.core import registry
 
 GRADIENTS = {
     ("k1_in_reward", None, 1.0): "reverse_kl",

@@ -19,7 +19,7 @@ from tiny_openrlhf import (
 )
 
 from kl_plugins import KLSpec, PatchError
-from kl_plugins.metrics import SUMS
+from kl_plugins.core.metrics import SUMS
 from kl_plugins.openrlhf.actor import ppo_train
 from kl_plugins.patching import Patching, check, load_patches
 

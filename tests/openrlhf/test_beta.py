@@ -10,8 +10,8 @@ import torch
 from tiny_openrlhf import FLAGS, made_up, parse, step
 
 from kl_plugins import ConfigError
-from kl_plugins.controllers import ControllerSpec
-from kl_plugins.metrics import SUMS
+from kl_plugins.core.controllers import ControllerSpec
+from kl_plugins.core.metrics import SUMS
 from kl_plugins.openrlhf import actor, experience
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_run
 

@@ -7,8 +7,8 @@ import torch
 from tiny_openrlhf import experience, experience_maker, gradients, made_up, step
 
 from kl_plugins import ConfigError, PatchError, kl_terms
+from kl_plugins.core.metrics import SUMS
 from kl_plugins.leave_out import LeftOut
-from kl_plugins.metrics import SUMS
 from kl_plugins.openrlhf.actor import _metrics
 
 

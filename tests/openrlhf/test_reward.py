@@ -7,9 +7,9 @@ import torch
 from tiny_openrlhf import FLAGS, experience, experience_maker, parse, step
 from transformers import AutoModelForCausalLM
 
+from kl_plugins.core.terms import leave_one_out_baseline
 from kl_plugins.openrlhf import actor
 from kl_plugins.patching import Patching, load_patches
-from kl_plugins.terms import leave_one_out_baseline
 
 BETA, GROUP, PROMPT = 0.1, 4, 3
 WIDE = ("--actor.eps_clip_low_high", "0.999999", "1e9")  # PPO's clip out of the way
@@ -284,5 +284,5 @@ def test_it_stays_so_when_the_policy_has_moved_on_and_not_without_the_recomputat
     reference, old = other(model_folder, 1, 0.06), other(model_folder, 2, 0.04)
     wanted = true_gradient(trainer, SINGLES, reference)
     assert error(expected_gradient(args, trainer, SINGLES, old, reference), wanted) < 1e-4
-    monkeypatch.setattr(actor, "up_to_date", lambda advantages, **_: advantages)
+    monkeypatch.setattr(actor, "refresh_advantages", lambda advantages, **_: advantages)
     assert error(expected_gradient(args, trainer, SINGLES, old, reference), wanted) > 0.05

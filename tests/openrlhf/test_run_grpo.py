@@ -40,7 +40,7 @@ def test_the_log_line_and_tensorboard_have_the_same_right_numbers(grpo):
     for index, step in enumerate(grpo.steps):
         assert step["kl/loss"] == pytest.approx(beta * step["kl/k2"], rel=1e-5)
         error = step["kl/k1"] / 1e-6 - 1
-        beta *= 1 + max(min(error, 0.2), -0.2) / 20  # as `kl_plugins.controllers` says
+        beta *= 1 + max(min(error, 0.2), -0.2) / 20  # as `kl_plugins.core.controllers` says
         assert step["kl/beta"] == pytest.approx(beta, rel=1e-9)
         assert 0 < step["kl/ess"] <= 1
         assert step["kl/weight_max"] > 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kl_plugins import KLSpec, kl_terms, registry
+from kl_plugins import KLSpec, kl_terms
+from kl_plugins.core import registry
 
 # Those that need no more than the sampled tokens' log-probs.
 SAMPLED = [name for name, loss in registry.LOSSES.items() if not loss.exact]

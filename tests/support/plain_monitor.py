@@ -1,4 +1,4 @@
-"""The numbers of `kl_plugins.monitor` once more, token by token, in numpy and plain loops."""
+"""The numbers of `kl_plugins.core.monitor` once more, token by token, in numpy and plain loops."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import trl
 from tiny_trl import BETA, parameters
 
 from kl_plugins import ConfigError
-from kl_plugins.controllers import ControllerSpec
+from kl_plugins.core.controllers import ControllerSpec
 from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOTrainer
 from kl_plugins.trl.beta import logger
 

@@ -11,7 +11,7 @@ import torch
 from tiny_trl import loss_and_gradients
 from transformers import AutoModelForCausalLM
 
-from kl_plugins.heads import Head
+from kl_plugins.core.fused_linear_kl import LMHead
 from kl_plugins.patching import load_patches
 from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl import GRPOTrainer, RLOOTrainer
@@ -55,7 +55,7 @@ def others(model):
             if name == "reference":
                 ids = torch.cat([PROMPT.expand(len(PAIRS), -1), PAIRS], dim=1)
                 found["reference_hidden"] = other.model(ids).last_hidden_state[:, -3:-1]
-                found["reference_head"] = Head(weight=other.lm_head.weight, dtype=torch.float64)
+                found["reference_head"] = LMHead(weight=other.lm_head.weight, dtype=torch.float64)
     return found
 
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as host
 
-from kl_plugins import ConfigError, PatchError, heads, leave_one_out_baseline
-from kl_plugins.exact import ExactKL
+from kl_plugins import ConfigError, PatchError, leave_one_out_baseline
+from kl_plugins.core import fused_linear_kl as heads
+from kl_plugins.core.exact import ExactKL
 from kl_plugins.patching import versions as hosts
 from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, exact
 from kl_plugins.trl.trainer import KLTrainer
@@ -342,7 +343,7 @@ def test_the_hosts_kernel_of_gpus(make_trainer, prompts, variant, monkeypatch, n
     batch = rollout(trainer, prompts)
     _, ours = kl_part(trainer, batch)
     monkeypatch.setattr(exact, "TRITON", ("cpu",))
-    monkeypatch.setattr(exact, "head_kl", None)
+    monkeypatch.setattr(exact, "fused_linear_kl", None)
     _, theirs = kl_part(trainer, batch)
     assert_close(theirs, ours, 1e-5)
     assert_close(theirs, dense(trainer, batch, **NAMES[name], **options))
@@ -363,9 +364,9 @@ def test_the_hosts_kernel_of_gpus_in_half_precision(make_trainer, prompts, monke
                 model.lm_head.bias[-1] = -math.inf
     batch = rollout(trainer, prompts)
     _, ours = kl_part(trainer, batch)
-    calls, own = [], exact.head_kl
+    calls, own = [], exact.fused_linear_kl
     monkeypatch.setattr(exact, "TRITON", ("cpu",))
-    monkeypatch.setattr(exact, "head_kl", lambda *args, **more: calls.append(args) or own(*args, **more))
+    monkeypatch.setattr(exact, "fused_linear_kl", lambda *args, **more: calls.append(args) or own(*args, **more))
     _, theirs = kl_part(trainer, batch)
     assert bool(calls) == fallback
     assert_close(theirs, ours, 1e-6 if fallback else 3e-2)  # the gradient without the term is taken off in bfloat16

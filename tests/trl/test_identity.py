@@ -10,7 +10,7 @@ import trl
 from tiny_trl import LOSS_TYPES, loss_and_gradients, micro_batch, parameters
 
 from kl_plugins import surrogate
-from kl_plugins.estimators import k3
+from kl_plugins.core.estimators import k3
 from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 UNCLIPPED = [0.0, float("inf")]

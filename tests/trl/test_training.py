@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny_trl import loss_and_gradients, micro_batch, parameters
 from transformers import TrainerCallback
 
-from kl_plugins.terms import leave_one_out_baseline
+from kl_plugins.core.terms import leave_one_out_baseline
 from kl_plugins.trl import GRPOTrainer, RLOOTrainer
 
 LOGGED = {f"kl/{name}" for name in ("k1", "k2", "k3", "loss", "ess", "weight_max", "clipped", "beta")}

@@ -10,17 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_plugins.spec import KLSpec
-from kl_plugins.terms import KLTerms, assign_credit
+from kl_plugins.core.spec import KLSpec
+from kl_plugins.core.terms import KLTerms, assign_credit
 
 
-def token_cost(spec: KLSpec, terms: KLTerms) -> Tensor:
+def token_penalty(spec: KLSpec, terms: KLTerms) -> Tensor:
     """(B, T) coefficients before credit is assigned: what each token costs as a reward. 0 where masked."""
     bound = spec.coefficient_bound or torch.finfo(terms.log_ratio.dtype).max
     return torch.where(terms.mask, spec.loss.coefficient(terms.log_ratio).clamp(-bound, bound), 0.0)
 
 
-def up_to_date(
+def refresh_advantages(
     advantages: Tensor,
     *,
     spec: KLSpec,
@@ -43,7 +43,7 @@ def up_to_date(
             the variance that the change adds is divided out again. Else a batch of equal rewards, whose tiny KL was
             scaled up to variance 1, would have its KL scaled up as much once the policy has moved.
     """
-    changed = scale * assign_credit(token_cost(spec, now) - token_cost(spec, then), "to_go", discount)
+    changed = scale * assign_credit(token_penalty(spec, now) - token_penalty(spec, then), "to_go", discount)
     if not normalized:
         return advantages - changed
     added = torch.where(now.mask, changed, 0.0).square().sum() / now.mask.sum().clamp(min=1)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kl_plugins.estimators import k1, k2, k3
+from kl_plugins.core.estimators import k1, k2, k3
 
 POSITION_EDGES = (1, 4, 16, 64, 256, 1024, 4096)
 """Where a bin of positions ends and the next begins: the first token, then each bin ends 4 times further out."""

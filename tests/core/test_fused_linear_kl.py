@@ -1,4 +1,4 @@
-"""`head_kl` against logits that are written out, and that it never writes them out."""
+"""`fused_linear_kl` against logits that are written out, and that it never writes them out."""
 
 import math
 from dataclasses import replace
@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kl_plugins import ConfigError, KLSpec, exact_kl, heads
-from kl_plugins.heads import Head, head_kl, head_scores
+from kl_plugins import ConfigError, KLSpec, exact_kl
+from kl_plugins.core import fused_linear_kl as heads
+from kl_plugins.core.fused_linear_kl import LMHead, fused_linear_kl, fused_linear_kl_and_logps
 
 SPECS = [KLSpec.from_name("exact_as_loss"), KLSpec.from_name("exact_forward_as_loss")]
 V, H = 37, 8
@@ -27,7 +28,7 @@ def case(dtype, *, bias=False, scale=3.0, **options):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     def head():
-        return Head(weight=draw(V, H), bias=draw(V) if bias else None, scale=scale, dtype=dtype, **options)
+        return LMHead(weight=draw(V, H), bias=draw(V) if bias else None, scale=scale, dtype=dtype, **options)
 
     hidden, ref_hidden = draw(3, 7, H), draw(3, 7, H)
     mask = torch.arange(7) < torch.tensor([[7], [3], [5]])
@@ -69,7 +70,7 @@ VARIANTS = [
 def test_values_and_gradients_are_the_dense_ones(spec, options, dtype, tolerance):
     inputs, leaves = case(dtype, **options)
     above = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    found, wanted = head_kl(spec, **inputs).value, dense(spec, inputs)
+    found, wanted = fused_linear_kl(spec, **inputs).value, dense(spec, inputs)
     assert found.dtype == dtype
     assert (found - wanted).norm() <= tolerance * wanted.norm()
     for a, b in zip(
@@ -81,14 +82,14 @@ def test_values_and_gradients_are_the_dense_ones(spec, options, dtype, tolerance
     for forgotten in ("softcap", "temperature", "bias"):  # the twin: each of them changes the divergence
         if forgotten in options:
             plain = replace(inputs["head"], **{forgotten: 1.0 if forgotten == "temperature" else None})
-            assert (head_kl(spec, **inputs | {"head": plain}).value - wanted).norm() > 1e-2 * wanted.norm()
+            assert (fused_linear_kl(spec, **inputs | {"head": plain}).value - wanted).norm() > 1e-2 * wanted.norm()
 
 
 def scored(spec, inputs):
-    """(3, 7) log-probs, entropies and divergences of `head_scores`; the first two from dense logits."""
+    """(3, 7) log-probs, entropies and divergences of `fused_linear_kl_and_logps`; the first two from dense logits."""
     counted = inputs["mask"]
     targets = torch.randint(0, V, counted.shape, generator=torch.Generator().manual_seed(2))
-    kl, logp, entropy = head_scores(
+    kl, logp, entropy = fused_linear_kl_and_logps(
         spec.loss.exact,
         hidden=inputs["hidden"][counted],
         ref_hidden=inputs["ref_hidden"][counted],
@@ -105,10 +106,10 @@ def scored(spec, inputs):
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_in_one_pass_with_the_log_probs(spec, options, dtype, tolerance):
-    """All three outputs, and the gradient of any two or three of them, as by `head_kl` and from dense logits."""
+    """All three outputs, and the gradient of any two or three of them, as by `fused_linear_kl` and dense logits."""
     inputs, leaves = case(dtype, **options)
     found, wanted = scored(spec, inputs)
-    wanted = [*wanted, head_kl(spec, **inputs).value]
+    wanted = [*wanted, fused_linear_kl(spec, **inputs).value]
     above = torch.randn(3, 3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
@@ -136,7 +137,7 @@ def test_log_probs_keep_their_gradient_where_tokens_are_excluded(spec):
     assert kl[inputs["mask"]].isinf().all() == (spec.loss.exact == "reverse_kl")
     torch.testing.assert_close(logp, wanted, rtol=1e-12, atol=1e-12)
     finite = torch.where(kl.isfinite(), kl, 0.0).sum()
-    alone = head_kl(spec, **inputs).value
+    alone = fused_linear_kl(spec, **inputs).value
     expected = torch.autograd.grad(wanted.sum() + torch.where(alone.isfinite(), alone, 0.0).sum(), leaves)
     for a, b in zip(torch.autograd.grad(logp.sum() + finite, leaves), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -154,7 +155,7 @@ def test_log_probs_and_entropies_where_the_policy_excludes_tokens(spec, part):
         hidden[0, :2, 0] = hidden[2, 3, 0] = 1e200
     generator = torch.Generator().manual_seed(2)
     counted, targets = inputs["mask"], torch.randint(12, V, (3, 7), generator=generator)
-    kl, *found = head_scores(
+    kl, *found = fused_linear_kl_and_logps(
         spec.loss.exact,
         hidden=hidden[counted],
         ref_hidden=inputs["ref_hidden"][counted],
@@ -187,7 +188,7 @@ def test_a_row_that_is_no_number_has_no_gradient(spec):
         return torch.autograd.grad(torch.where(kl.isfinite(), kl, 0.0).sum() + sum(more), leaves)
 
     (logp, _, kl), (wanted, _) = scored(spec, inputs)
-    apart = head_kl(spec, **inputs).value
+    apart = fused_linear_kl(spec, **inputs).value
     assert kl.isnan().sum() == 1
     assert torch.equal(kl.isnan(), apart.isnan())
     for a, b in zip(gradients(kl, logp.sum()), gradients(apart, wanted.sum()), strict=True):
@@ -195,7 +196,7 @@ def test_a_row_that_is_no_number_has_no_gradient(spec):
     with torch.no_grad():
         inputs["ref_hidden"].nan_to_num_()
         inputs["hidden"][0, 2] = math.nan
-    to_hidden, _, to_bias = gradients(head_kl(spec, **inputs).value)
+    to_hidden, _, to_bias = gradients(fused_linear_kl(spec, **inputs).value)
     assert to_bias.isfinite().all()
     assert not to_hidden[0, 2].any()
 
@@ -208,10 +209,10 @@ def test_what_an_early_tile_held_is_forgotten_once_it_has_no_mass(spec):
     weight[12:, 0] = torch.linspace(-1, 1, V - 12, dtype=torch.float64)
     hidden, mask = torch.ones(1, 5, 1, dtype=torch.float64), torch.ones(1, 5)  # of fewer rows a tile is wider
     heads_ = {
-        "head": Head(weight=weight, dtype=torch.float64),
-        "ref_head": Head(weight=ref_weight, dtype=torch.float64),
+        "head": LMHead(weight=weight, dtype=torch.float64),
+        "ref_head": LMHead(weight=ref_weight, dtype=torch.float64),
     }
-    found = head_kl(spec, hidden=hidden, ref_hidden=hidden, mask=mask, **heads_).value
+    found = fused_linear_kl(spec, hidden=hidden, ref_hidden=hidden, mask=mask, **heads_).value
     logits, ref_logits = (hidden @ w.t() for w in (weight, ref_weight))
     wanted = exact_kl(spec, logits=logits, ref_logits=ref_logits, mask=mask).value
     assert wanted.isfinite().all()
@@ -223,7 +224,7 @@ def test_autocast_outside_of_it_changes_nothing():
     inputs, leaves = case(torch.float32)
 
     def gradients():
-        found = head_kl(SPECS[0], **inputs).value
+        found = fused_linear_kl(SPECS[0], **inputs).value
         return found, *torch.autograd.grad(found.sum(), leaves)
 
     plain = gradients()
@@ -242,7 +243,10 @@ def test_tied_weights_get_both_gradients(spec):
         tied = inputs | {"hidden": weight[tokens] + inputs["hidden"].detach()}
         return torch.autograd.grad(kl(tied).sum(), weight)[0]
 
-    found, wanted = gradient(lambda tied: head_kl(spec, **tied).value), gradient(lambda tied: dense(spec, tied))
+    found, wanted = (
+        gradient(lambda tied: fused_linear_kl(spec, **tied).value),
+        gradient(lambda tied: dense(spec, tied)),
+    )
     assert (found - wanted).norm() <= 1e-12 * wanted.norm()
 
 
@@ -251,7 +255,7 @@ def test_no_gradient_reaches_the_reference(spec):
     inputs, _ = case(torch.float64)
     inputs["ref_hidden"].requires_grad_()
     inputs["ref_head"].weight.requires_grad_()
-    head_kl(spec, **inputs).value.sum().backward()
+    fused_linear_kl(spec, **inputs).value.sum().backward()
     assert inputs["ref_hidden"].grad is None
     assert inputs["ref_head"].weight.grad is None
     assert inputs["hidden"].grad.norm() > 0
@@ -261,14 +265,14 @@ def test_no_gradient_reaches_the_reference(spec):
 def test_masked_positions_contribute_exactly_nothing(spec):
     inputs, leaves = case(torch.float32)
     off = ~inputs["mask"]
-    clean = torch.autograd.grad(head_kl(spec, **inputs).value.sum(), leaves)
+    clean = torch.autograd.grad(fused_linear_kl(spec, **inputs).value.sum(), leaves)
     with torch.no_grad():
         inputs["hidden"][off] = inputs["ref_hidden"][off] = math.nan
-    found = head_kl(spec, **inputs).value
+    found = fused_linear_kl(spec, **inputs).value
     assert torch.equal(found[off], torch.zeros(int(off.sum())))
     for a, b in zip(torch.autograd.grad(found.sum(), leaves), clean, strict=True):
         assert torch.equal(a, b)
-    nothing = head_kl(spec, **inputs | {"mask": torch.zeros(3, 7)}).value
+    nothing = fused_linear_kl(spec, **inputs | {"mask": torch.zeros(3, 7)}).value
     for x in torch.autograd.grad(nothing.sum(), leaves):
         assert torch.equal(x, torch.zeros_like(x))
 
@@ -291,7 +295,7 @@ def test_excluded_tokens(spec, where):
         ref_logits=logits(inputs["ref_hidden"], inputs["ref_head"]),
         mask=inputs["mask"],
     ).value
-    found = head_kl(spec, **inputs).value
+    found = fused_linear_kl(spec, **inputs).value
     infinite = {"reference": "reverse_kl", "policy": "forward_kl"}.get(where) == spec.loss.exact
     assert found[inputs["mask"]].isinf().all() == infinite
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
@@ -305,7 +309,7 @@ def test_bfloat16_is_summed_in_float32():
     bias = torch.linspace(-1, 1, V)  # which isn't rounded
     inputs |= {name: replace(inputs[name], bias=bias) for name in ("head", "ref_head")}
     inputs["ref_head"] = replace(inputs["ref_head"], bias=bias.flip(0))
-    found = head_kl(SPECS[0], **inputs).value
+    found = fused_linear_kl(SPECS[0], **inputs).value
     assert found.dtype == torch.float32
     exact = {k: x.detach().double() if k in ("hidden", "ref_hidden") else x for k, x in inputs.items()}
     for name in ("head", "ref_head"):
@@ -321,12 +325,12 @@ def test_a_small_divergence_survives_large_logits():
     hidden, weight = torch.randn(1, 4, H, generator=generator), 6 * torch.randn(V, H, generator=generator)
     ref_weight = weight + 1e-3 * torch.randn(V, H, generator=generator)
     bias = torch.full((V,), 40.0)
-    inputs = {"hidden": hidden, "head": Head(weight=weight, bias=bias), "mask": torch.ones(1, 4)}
-    inputs |= {"ref_hidden": hidden, "ref_head": Head(weight=ref_weight, bias=bias)}
-    found = head_kl(SPECS[0], **inputs).value
+    inputs = {"hidden": hidden, "head": LMHead(weight=weight, bias=bias), "mask": torch.ones(1, 4)}
+    inputs |= {"ref_hidden": hidden, "ref_head": LMHead(weight=ref_weight, bias=bias)}
+    found = fused_linear_kl(SPECS[0], **inputs).value
     wide = {k: x.double() if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
     for name in ("head", "ref_head"):
-        wide[name] = Head(weight=inputs[name].weight.double(), bias=bias.double(), dtype=torch.float64)
+        wide[name] = LMHead(weight=inputs[name].weight.double(), bias=bias.double(), dtype=torch.float64)
     wanted = dense(SPECS[0], wide)
     assert wanted.max() < 1e-5
     assert (found - wanted).abs().max() < 2e-6
@@ -348,7 +352,7 @@ class Largest(TorchDispatchMode):
 def test_logits_are_never_written_out():
     inputs, _ = case(torch.float32, bias=True, softcap=2.0)
     with Largest() as seen:
-        head_kl(SPECS[0], **inputs).value.sum().backward()
+        fused_linear_kl(SPECS[0], **inputs).value.sum().backward()
     assert seen.elements == V * H  # the gradient of the weight
     with Largest() as naive:
         dense(SPECS[0], inputs)
@@ -358,10 +362,10 @@ def test_logits_are_never_written_out():
 def test_what_is_refused():
     inputs, _ = case(torch.float32)
     for spec in (KLSpec.from_name("k2_as_loss"), KLSpec.from_name("exact_as_loss", top_k=3)):
-        with pytest.raises(ConfigError, match="head_kl sums over the whole vocabulary"):
-            head_kl(spec, **inputs)
+        with pytest.raises(ConfigError, match="fused_linear_kl sums over the whole vocabulary"):
+            fused_linear_kl(spec, **inputs)
     short = replace(inputs["ref_head"], weight=inputs["ref_head"].weight[:-1])
     with pytest.raises(ConfigError, match="has 37 tokens, the reference's 36"):
-        head_kl(SPECS[0], **inputs | {"ref_head": short})
+        fused_linear_kl(SPECS[0], **inputs | {"ref_head": short})
     with pytest.raises(ConfigError, match="has 37 tokens, the reference's 36"):
         scored(SPECS[0], inputs | {"ref_head": short})

@@ -36,12 +36,12 @@ def k3(log_ratio: Tensor) -> Tensor:
     return (small.square() / 2 * series).where(log_ratio == small, closed)
 
 
-def k1_slope(log_ratio: Tensor) -> Tensor:
+def k1_derivative(log_ratio: Tensor) -> Tensor:
     """`1`: the expected score is zero, so this regularizes nothing."""
     return log_ratio.new_ones(log_ratio.shape)
 
 
-def k3_slope(log_ratio: Tensor) -> Tensor:
+def k3_derivative(log_ratio: Tensor) -> Tensor:
     """`1 - exp(-u)` as `-expm1(-u)`: the local *forward* KL. -inf below u = -88 (float32): the caller bounds it."""
     return -(-log_ratio).expm1()
 
@@ -57,6 +57,6 @@ def forward_k1(log_ratio: Tensor) -> Tensor:
     return -log_ratio * (-log_ratio).exp()
 
 
-def forward_slope(log_ratio: Tensor) -> Tensor:
+def forward_tail_coefficient(log_ratio: Tensor) -> Tensor:
     """`-exp(-u)`: of a token that stands for those a head leaves out, d (sum of -r u over them) / d logp."""
     return -(-log_ratio).exp()

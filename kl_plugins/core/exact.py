@@ -21,7 +21,7 @@ from torch import Tensor
 from kl_plugins.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kl_plugins.spec import KLSpec
+    from kl_plugins.core.spec import KLSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Exact KLs from hidden states and LM heads: no (B, T, V) tensor is ever made.
 
-`head_kl` computes tiles of both models' logits, folds each into what the divergence needs, and computes them anew for
-the gradient. What it keeps between the passes are six numbers a row; what it needs besides are a few tiles.
+`fused_linear_kl` computes tiles of both models' logits, folds each into what the divergence needs, and computes them
+anew for the gradient. What it keeps between the passes are six numbers a row; what it needs besides are a few tiles.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.core.exact import ExactKL
+from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError
-from kl_plugins.exact import ExactKL
-from kl_plugins.spec import KLSpec
 
 # Of a tile of logits: a few of them stay in a CPU's cache. Elsewhere a tile is WIDER times as long and as wide.
 ROWS = 512
@@ -23,7 +23,7 @@ WIDER = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Head:
+class LMHead:
     """How a model makes logits z of its last hidden state h: y = scale (h W' + b), z = softcap tanh(y / softcap) / T.
 
     Without `softcap`, z = y / T.
@@ -51,7 +51,9 @@ class Head:
         return tanh * (self.softcap / self.temperature), tanh
 
 
-def head_kl(spec: KLSpec, *, hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, mask: Tensor) -> ExactKL:
+def fused_linear_kl(
+    spec: KLSpec, *, hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, mask: Tensor
+) -> ExactKL:
     """As `exact_kl`, from what logits are made of.
 
     Args:
@@ -65,7 +67,9 @@ def head_kl(spec: KLSpec, *, hidden: Tensor, head: Head, ref_hidden: Tensor, ref
         `ConfigError`: a configuration that isn't exact or has `top_k`, or models whose vocabularies differ in size.
     """
     if not spec.loss.exact or spec.top_k is not None:
-        raise ConfigError(f"head_kl sums over the whole vocabulary, {spec.name} with top_k={spec.top_k} doesn't")
+        raise ConfigError(
+            f"fused_linear_kl sums over the whole vocabulary, {spec.name} with top_k={spec.top_k} doesn't"
+        )
     _check_vocabularies(head, ref_head)
     counted = mask.bool()
     summed, _, _ = _Head.apply(  # type: ignore[no-untyped-call]
@@ -75,13 +79,14 @@ def head_kl(spec: KLSpec, *, hidden: Tensor, head: Head, ref_hidden: Tensor, ref
     return ExactKL(value=value, outside=torch.zeros_like(counted), of=spec.loss.exact, tail=spec.tail)
 
 
-def head_scores(
-    of: str, *, hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head, targets: Tensor
+def fused_linear_kl_and_logps(
+    of: str, *, hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) divergences of rows, log-probs of their `targets` and entropies, all three in one pass over the tiles.
 
-    As `head_kl` and a scoring of the targets, but the policy's logits are made once, and so is their gradient, which
-    is the sum of the three outputs': of the six products of matrices a step then takes, scoring alone takes four.
+    As `fused_linear_kl` and a scoring of the targets, but the policy's logits are made once, and so is their gradient,
+    which is the sum of the three outputs': of the six products of matrices a step then takes, scoring alone takes
+    four.
 
     Args:
         of: `"reverse_kl"` or `"forward_kl"`.
@@ -97,7 +102,7 @@ def head_scores(
     return _Head.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _check_vocabularies(head: Head, ref_head: Head) -> None:
+def _check_vocabularies(head: LMHead, ref_head: LMHead) -> None:
     if len(head.weight) != len(ref_head.weight):
         sizes = f"{len(head.weight)} tokens, the reference's {len(ref_head.weight)}"
         raise ConfigError(f"the policy's vocabulary has {sizes}: an exact KL needs the same one")
@@ -117,8 +122,8 @@ class _Head(torch.autograd.Function):
         bias: Tensor | None,
         ref_hidden: Tensor,
         targets: Tensor | None,
-        head: Head,
-        ref_head: Head,
+        head: LMHead,
+        ref_head: LMHead,
         of: str,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
@@ -173,7 +178,7 @@ class _Head(torch.autograd.Function):
 
 
 def _statistics(
-    hidden: Tensor, ref_hidden: Tensor, targets: Tensor | None, head: Head, ref_head: Head, of: str
+    hidden: Tensor, ref_hidden: Tensor, targets: Tensor | None, head: LMHead, ref_head: LMHead, of: str
 ) -> tuple[Tensor, bool]:
     """(n, 6) and whether they are finite as they stand, which a token that a model excludes prevents.
 
@@ -192,7 +197,14 @@ def _statistics(
 
 
 def _fold(
-    hidden: Tensor, ref_hidden: Tensor, targets: Tensor | None, head: Head, ref_head: Head, of: str, *, careful: bool
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    targets: Tensor | None,
+    head: LMHead,
+    ref_head: LMHead,
+    of: str,
+    *,
+    careful: bool,
 ) -> Tensor:
     """`_statistics`; only if it is `careful` are tokens of probability 0 left out whatever their log-ratio."""
     dtype = torch.promote_types(head.dtype, torch.float32)
@@ -227,8 +239,8 @@ def _gradient(
     hidden: Tensor,
     ref_hidden: Tensor,
     targets: Tensor | None,
-    head: Head,
-    ref_head: Head,
+    head: LMHead,
+    ref_head: LMHead,
     columns: slice,
     folded: Tensor,
     weights: Tensor,

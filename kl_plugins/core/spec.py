@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from kl_plugins import estimators
+from kl_plugins.core import estimators
+from kl_plugins.core.registry import LOSSES, KLLoss, get_loss
 from kl_plugins.errors import ConfigError, refuse
-from kl_plugins.registry import LOSSES, KLLoss, get_loss
 
 OFF_POLICY = ("none", "token", "prefix", "sequence")
 WEIGHT_CLIP_MODES = ("truncate", "mask")

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from kl_plugins import estimators
+from kl_plugins.core import estimators
 from kl_plugins.errors import ConfigError, UnknownLossError, refuse
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ LOSSES: dict[str, KLLoss] = _built_in(
         summary="Forward KL per token, KL(ref || policy): a first-order approximation of the reverse one, and "
         "unbounded where the policy has left the reference's tokens. What GRPO's paper uses.",
         value=estimators.k3,
-        coefficient=estimators.k3_slope,
+        coefficient=estimators.k3_derivative,
         gradient_of={"token": "local_forward_kl"},
         instead="k2_as_loss",
         source="Shao et al., arXiv 2402.03300; Liu et al., arXiv 2510.01555",
@@ -116,7 +116,7 @@ LOSSES: dict[str, KLLoss] = _built_in(
         name="k1_as_loss",
         summary="Nothing: the expected gradient is zero, only noise is added.",
         value=estimators.k1,
-        coefficient=estimators.k1_slope,
+        coefficient=estimators.k1_derivative,
         gradient_of={"token": "zero"},
         may_overflow=False,
         expected="E[grad log pi] = 0",
@@ -175,7 +175,7 @@ LOSSES: dict[str, KLLoss] = _built_in(
         summary="Forward KL per token, KL(ref || policy), summed over the whole vocabulary, on the states that the "
         "policy visits: k3_as_loss without its noise, and bounded.",
         value=estimators.forward_k1,
-        coefficient=estimators.forward_slope,
+        coefficient=estimators.forward_tail_coefficient,
         gradient_of={"token": "local_forward_kl"},
         may_overflow=False,
         instead="exact_as_loss",

@@ -14,16 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_plugins.controllers import Controller
-from kl_plugins.estimators import k1, k2, k3
-from kl_plugins.terms import KLTerms
+from kl_plugins.core.controllers import Controller
+from kl_plugins.core.estimators import k1, k2, k3
+from kl_plugins.core.terms import KLTerms
 
 SUMS = (
     *("tokens", "k1", "k2", "k3", "loss", "weight", "weight_squared", "cut", "unscored", "dropped", "sequences"),
     *("left_out", "left_out_k1"),
 )
 # Meaningless where the host's own ratio and clip weigh the coefficients (`clip="combined"`), and logs about them.
-OWN_WEIGHTS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscored")
+WEIGHT_METRICS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscored")
 
 
 def kl_sums(terms: KLTerms, *, beta: float) -> Tensor:
@@ -36,7 +36,7 @@ def kl_sums(terms: KLTerms, *, beta: float) -> Tensor:
     return torch.stack([x.sum(dtype=u.dtype) for x in (*sums, *more)])
 
 
-def controlled(controller: Controller, sums: Tensor) -> float:
+def next_beta(controller: Controller, sums: Tensor) -> float:
     """The beta after an update of `controller` on `kl_sums` of all ranks: it holds the plain mean of k1."""
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     return controller.update(kl_sum=total["k1"], tokens=total["tokens"], sequences=total["sequences"])

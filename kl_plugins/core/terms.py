@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kl_plugins.core.estimators import k3_derivative
+from kl_plugins.core.exact import ExactKL
+from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError
-from kl_plugins.estimators import k3_slope
-from kl_plugins.exact import ExactKL
-from kl_plugins.spec import KLSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ def _credited(
     pointwise = torch.where(counted & ~left_out.any, _summable(pointwise, spec.credit), 0.0)
     if spec.credit == "token":
         return (pointwise, pointwise), pointwise
-    instead = _summable(_bounded(k3_slope(log_ratio), spec.left_out_bound), spec.credit)
+    instead = _summable(_bounded(k3_derivative(log_ratio), spec.left_out_bound), spec.credit)
     to_earlier = torch.where(left_out.by_token, instead, pointwise)
     return (pointwise, to_earlier), assign_credit(to_earlier, spec.credit, spec.gamma) + (pointwise - to_earlier)
 
