@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import fields
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +13,7 @@ from kl_plugins.curves import curves
 from kl_plugins.doctor import doctor
 from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
 from kl_plugins.explain import explain
+from kl_plugins.integration.flags import with_flags
 from kl_plugins.openrlhf.plan import OpenRLHFOptions
 from kl_plugins.patching import changes, load_patches
 from kl_plugins.patching.versions import installed_version
@@ -50,37 +49,10 @@ def openrlhf(context: typer.Context, dry_run: bool, **options: Any) -> None:
         raise typer.Exit(2) from error
 
 
-def _as_parameters(function: Any, options: type) -> Any:
-    """Give `function` one command-line option for each field of the dataclass `options`."""
-    hints = get_type_hints(options) | {"kl_weight_clip": tuple[float, float]}
-    declared = {}
-    for f in fields(options):
-        default = tuple(f.default_factory()) if callable(f.default_factory) else f.default
-        flag = f"--{f.name.replace('_', '-')}"
-        declared[f.name] = (Annotated[hints[f.name], typer.Option(flag, help=f.metadata["help"])], default)
-    dry_run = typer.Option("--dry-run", help="Check everything, say what would be done, and stop before Ray starts.")
-    declared["dry_run"] = (Annotated[bool, dry_run], False)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    function.__signature__ = inspect.Signature(
-        [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
-        + [inspect.Parameter(name, keyword, default=d, annotation=a) for name, (a, d) in declared.items()]
-    )
-    function.__annotations__ = {"context": typer.Context} | {name: a for name, (a, _) in declared.items()}
-    return function
-
-
+DRY_RUN = typer.Option("--dry-run", help="Check everything, say what would be done, and stop before Ray starts.")
 app.command(options_metavar="--kl NAME [OPTIONS] -- OPENRLHF_FLAGS", context_settings={"allow_extra_args": True})(
-    _as_parameters(openrlhf, OpenRLHFOptions)
+    with_flags(openrlhf, OpenRLHFOptions, dry_run=(Annotated[bool, DRY_RUN], False))
 )
-
-
-# What a wrong word raises: of click, or of the copy of it that newer versions of typer bring.
-UsageError: Any = typer.BadParameter.__base__
-
-
-def openrlhf_command() -> Any:
-    """The parser of `kl-plugins openrlhf`."""
-    return typer.main.get_command(app).commands["openrlhf"]  # type: ignore[attr-defined]
 
 
 @app.command(
@@ -93,7 +65,7 @@ def trl(context: typer.Context) -> None:
     All options are TRL's; its configs have the kl_* ones, too, here and in a --config file. `kl-plugins trl grpo
     --help` lists them.
     """
-    from kl_plugins.trl.command import run
+    from kl_plugins.trl.launcher import run
 
     if not context.args or context.args[0] in ("-h", "--help"):
         Console().print(context.get_help(), markup=False, highlight=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kl_plugins.audit.gradients import Scored
 from kl_plugins.errors import ConfigError
-from kl_plugins.vocabulary import require_one_tokenizer
+from kl_plugins.integration.tokenizers import require_one_tokenizer
 
 
 class Pair:

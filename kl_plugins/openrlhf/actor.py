@@ -19,9 +19,9 @@ from kl_plugins.core.metrics import SUMS, WEIGHT_METRICS, kl_metrics, kl_sums
 from kl_plugins.core.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.errors import PatchError
 from kl_plugins.openrlhf import worker
+from kl_plugins.openrlhf.hostdata import from_info, left_out_of, over_ranks, show
 from kl_plugins.openrlhf.monitor import metrics_of, watching
 from kl_plugins.openrlhf.plan import Plan, plan_of
-from kl_plugins.openrlhf.seam import from_info, left_out_of, over_ranks, show
 
 Host = Callable[..., Any]
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import runpy
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from kl_plugins.errors import ConfigError, PatchError
+from kl_plugins.integration.flags import parse_flags
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, Plan, RunPlan, plan_run
 from kl_plugins.patching import ALLOW_UNTESTED, check, load_patches, untested_allowed
@@ -122,17 +122,10 @@ def runtime_env_hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
 
 def options_from_words(words: str) -> OpenRLHFOptions:
     """The options in the words of the launcher: `"--kl k2_as_loss --kl-off-policy token"`."""
-    from kl_plugins.cli import UsageError, openrlhf_command
-
     if not words.strip():
         raise ConfigError(f'{RAY_HOOK} names kl_plugins, but no KL was chosen: set {OPTIONS}="--kl k2_as_loss"')
-    try:
-        context = openrlhf_command().make_context(OPTIONS, shlex.split(words))
-    except UsageError as error:
-        raise ConfigError(f"{OPTIONS}={words!r}: {error.format_message()}") from error
-    if context.args or context.params["dry_run"]:
-        raise ConfigError(f"{OPTIONS}={words!r}: only options of the KL belong here")
-    return OpenRLHFOptions(**{name: value for name, value in context.params.items() if name.startswith("kl")})
+    options: OpenRLHFOptions = parse_flags(words, OpenRLHFOptions, of=OPTIONS)
+    return options
 
 
 def describe(plan: RunPlan) -> str:

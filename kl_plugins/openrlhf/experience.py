@@ -17,7 +17,7 @@ from kl_plugins.core.advantages import token_penalty
 from kl_plugins.core.controllers import Controller
 from kl_plugins.core.metrics import next_beta
 from kl_plugins.core.terms import leave_one_out_baseline
-from kl_plugins.leave_out import equal_reward_rows
+from kl_plugins.integration.leave_out import equal_reward_rows
 from kl_plugins.openrlhf import worker
 from kl_plugins.openrlhf.actor import (
     KL_SUMS,
@@ -27,8 +27,8 @@ from kl_plugins.openrlhf.actor import (
     terms_of,
     without_baseline,
 )
+from kl_plugins.openrlhf.hostdata import EQUAL_REWARDS, left_out_of, seeing
 from kl_plugins.openrlhf.plan import Plan, plan_of
-from kl_plugins.openrlhf.seam import EQUAL_REWARDS, left_out_of, seeing
 
 
 def make_experience(host: Host) -> Host:

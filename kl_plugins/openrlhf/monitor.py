@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kl_plugins.core.monitor import MAXIMA, coefficient, merged, monitor_metrics, monitor_sums, nothing_seen
 from kl_plugins.errors import PatchError
-from kl_plugins.leave_out import token_classes
+from kl_plugins.integration.tokenizers import token_classes
+from kl_plugins.openrlhf.hostdata import left_out_of, over_ranks, seeing, token_ids
 from kl_plugins.openrlhf.plan import Plan, plan_of
-from kl_plugins.openrlhf.seam import left_out_of, over_ranks, seeing, token_ids
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from kl_plugins.core.controllers import ControllerSpec
 from kl_plugins.core.registry import distribution_problems, get_loss
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError, PatchError, refuse
-from kl_plugins.leave_out import LeftOut, left_out
-from kl_plugins.options import LEAVE_OUT_OPTIONS, KLOptions, option
+from kl_plugins.integration.leave_out import LeaveOut, resolve_leave_out
+from kl_plugins.integration.options import LEAVE_OUT_OPTIONS, KLOptions, option
 
 PLACEMENTS = ("auto", "loss", "reward")
 # Those that give each prompt a group of completions, whose other members can be a baseline.
@@ -71,7 +71,7 @@ class Plan(RunPlan):
     """Completions per prompt."""
     controller: ControllerSpec
     """Of beta; `fixed` leaves OpenRLHF's own in place."""
-    left_out: LeftOut
+    left_out: LeaveOut
     """Tokens without a KL of their own."""
     leave_out_equal_rewards: bool
     """Whether groups of equal rewards have no KL."""
@@ -81,7 +81,7 @@ class Plan(RunPlan):
     @property
     def leaves_out(self) -> bool:
         """Whether anything may be left out of the KL."""
-        return self.left_out != LeftOut() or self.leave_out_equal_rewards
+        return self.left_out != LeaveOut() or self.leave_out_equal_rewards
 
 
 def plan_run(options: OpenRLHFOptions, args: Any) -> RunPlan:
@@ -118,7 +118,7 @@ def plan_kl(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True)
     biased = _bias_problems(args, in_reward)
     refuse([*problems, *_flag_problems(options, args, in_reward), *(() if options.kl_allow_biased else biased)])
     assert spec is not None
-    left = _left_out(options, args) if resolve_tokens else LeftOut()
+    left = _left_out(options, args) if resolve_tokens else LeaveOut()
     _warn(args)
     advantage = args.algo.advantage
     lambd = advantage.lambd if advantage.estimator == "gae" else 1.0
@@ -182,10 +182,10 @@ def plan_of(args: Any) -> RunPlan:
     return plan  # type: ignore[no-any-return]
 
 
-def _left_out(options: OpenRLHFOptions, args: Any) -> LeftOut:
+def _left_out(options: OpenRLHFOptions, args: Any) -> LeaveOut:
     """`kl_leave_out` in the tokens of the actor's tokenizer, which is only loaded if it is needed."""
     if not set(options.kl_leave_out) - {"first"}:
-        return LeftOut(first="first" in options.kl_leave_out)
+        return LeaveOut(first="first" in options.kl_leave_out)
     from transformers import AutoTokenizer, GenerationConfig
 
     path = args.actor.model_name_or_path
@@ -200,7 +200,7 @@ def _left_out(options: OpenRLHFOptions, args: Any) -> LeftOut:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # a model may come without one
         ends = None
-    return left_out(options.kl_leave_out, tokenizer=tokenizer, eos_token_id=ends)
+    return resolve_leave_out(options.kl_leave_out, tokenizer=tokenizer, eos_token_id=ends)
 
 
 def _gamma(args: Any) -> float:

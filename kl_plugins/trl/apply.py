@@ -25,10 +25,10 @@ from typing import Any, get_type_hints
 from transformers.utils import logging
 
 from kl_plugins.errors import PatchError, refuse
-from kl_plugins.options import KLOptions, without_words
+from kl_plugins.integration.options import KLOptions, without_words
 from kl_plugins.patching import Binding, Patching, load_patches, untested_allowed
 from kl_plugins.patching.versions import installed_version
-from kl_plugins.trl.fields import NO_KL, Hook, KLFields
+from kl_plugins.trl.config import NO_KL, KLConfigMixin, TrainerPair
 
 logger = logging.get_logger(__name__)
 
@@ -108,7 +108,7 @@ class AppliedToTRL:
         )
         self.times = 0
         """How often it was asked for, less how often it was undone."""
-        self.hooks: dict[str, Hook] = {}
+        self.pairs: dict[str, TrainerPair] = {}
         self._names: dict[type, type] = {}  # TRL's class -> ours
         parts = dict.fromkeys(part for name in self.trainers for part in TRAINERS[name][1])
         self._patching = Patching(
@@ -131,15 +131,15 @@ class AppliedToTRL:
             raise
         try:
             for name in self.trainers:
-                self.hooks[name] = _quietly(import_module, f"kl_plugins.trl.{name}").HOOK
+                self.pairs[name] = _quietly(import_module, f"kl_plugins.trl.{name}").PAIR
             self._check_options()
-            for hook in self.hooks.values():
-                self._names |= {hook.trainer: hook.our_trainer, hook.config: self._config_of(hook)}
+            for pair in self.pairs.values():
+                self._names |= {pair.trainer: pair.our_trainer, pair.config: self._config_of(pair)}
             _rename(self._names)
         except BaseException:
             self._restore()
             raise
-        names = ", ".join(sorted(hook.trainer.__name__ for hook in self.hooks.values()))
+        names = ", ".join(sorted(pair.trainer.__name__ for pair in self.pairs.values()))
         default = f"by default {self.options}" if self.options else "by default kl=None, TRL's own KL"
         logger.warning(f"kl_plugins: the kl_* options of TRL {installed_version('trl')}'s {names} work now, {default}")
 
@@ -178,20 +178,20 @@ class AppliedToTRL:
     def check_trainer(self, trainer: Any, args: Any) -> None:
         """Raise for a trainer, about to be made with `args`, that would train on TRL's own KL unasked."""
         name = next((name for name in TRAINERS if _is_one(trainer, name)), None)
-        if name not in self.hooks:
+        if name not in self.pairs:
             return
-        hook = self.hooks[name]
+        pair = self.pairs[name]
         before = "was not imported from trl, or derived from what was, after apply_to_trl: call that above the imports"
-        if not isinstance(trainer, hook.methods):
+        if not isinstance(trainer, pair.methods):
             raise PatchError(f"{type(trainer).__module__}.{type(trainer).__name__} {before}")
-        if args is not None and not isinstance(args, KLFields):
+        if args is not None and not isinstance(args, KLConfigMixin):
             raise PatchError(f"the {type(args).__name__} that {type(trainer).__name__} was given {before}")
         refuse([NO_KL] if self.require_kl and args is not None and args.kl is None else [])
 
-    def _config_of(self, hook: Hook) -> type:
-        """Our config with `options` as defaults, under TRL's name. It is saved as `hook.our_config`."""
-        hints = get_type_hints(hook.our_config)
-        known = {f.name: f for f in fields(hook.fields)}
+    def _config_of(self, pair: TrainerPair) -> type:
+        """Our config with `options` as defaults, under TRL's name. It is saved as `pair.our_config`."""
+        hints = get_type_hints(pair.our_config)
+        known = {f.name: f for f in fields(pair.fields)}
         changed = [
             (name, hints[name], _with_default(known[name], value))
             for name, value in self.options.items()
@@ -201,16 +201,16 @@ class AppliedToTRL:
         def reduce(config: Any, protocol: int) -> Any:
             if type(config) is not made:  # a user's own, derived from it
                 return object.__reduce_ex__(config, protocol)
-            return _restored, (hook.our_config, config.__dict__)
+            return _restored, (pair.our_config, config.__dict__)
 
         namespace = {"__reduce_ex__": reduce, "kl_required": self.require_kl}
-        made = make_dataclass(hook.config.__name__, changed, bases=(hook.our_config,), namespace=namespace)
+        made = make_dataclass(pair.config.__name__, changed, bases=(pair.our_config,), namespace=namespace)
         for name in ("__module__", "__qualname__", "__doc__"):
-            setattr(made, name, getattr(hook.config, name))
+            setattr(made, name, getattr(pair.config, name))
         return made
 
     def _check_options(self) -> None:
-        known = {f.name for hook in self.hooks.values() for f in fields(hook.fields)}
+        known = {f.name for pair in self.pairs.values() for f in fields(pair.fields)}
         problems = []
         for name in sorted(self.options.keys() - known):
             close = get_close_matches(name, known, n=1)

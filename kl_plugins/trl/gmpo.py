@@ -10,8 +10,7 @@ from torch import Tensor
 from trl.experimental import gmpo as host
 
 from kl_plugins.errors import refuse
-from kl_plugins.trl.config import GRPOFields
-from kl_plugins.trl.fields import Hook, check_trl
+from kl_plugins.trl.config import GRPOFields, TrainerPair, check_trl
 from kl_plugins.trl.grpo import KLInGRPO
 from kl_plugins.trl.trainer import completion_mask
 
@@ -61,7 +60,7 @@ class GMPOTrainer(KLInGMPO, host.GMPOTrainer):
     """
 
 
-HOOK = Hook(
+PAIR = TrainerPair(
     trainer=host.GMPOTrainer,
     config=host.GMPOConfig,
     our_trainer=GMPOTrainer,

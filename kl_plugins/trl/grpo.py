@@ -8,9 +8,8 @@ import torch
 import trl
 from torch import Tensor
 
-from kl_plugins.trl.config import GRPOConfig, GRPOFields
-from kl_plugins.trl.fields import Hook
-from kl_plugins.trl.seam import host_kl_replaced
+from kl_plugins.trl.config import GRPOConfig, GRPOFields, TrainerPair
+from kl_plugins.trl.host_beta import host_kl_replaced
 from kl_plugins.trl.trainer import KLTrainer
 
 
@@ -84,7 +83,7 @@ class GRPOTrainer(KLInGRPO, trl.GRPOTrainer):
     """
 
 
-HOOK = Hook(
+PAIR = TrainerPair(
     trainer=trl.GRPOTrainer,
     config=trl.GRPOConfig,
     our_trainer=GRPOTrainer,

@@ -25,9 +25,8 @@ from kl_plugins.core.monitor import (
     squared_gradient_norms,
 )
 from kl_plugins.errors import refuse
-from kl_plugins.trl.seam import HostBeta
-from kl_plugins.trl.trainer import completion_mask
-from kl_plugins.trl.watched import (
+from kl_plugins.trl.host_beta import HostBeta
+from kl_plugins.trl.monitored import (
     check,
     is_exact,
     is_ours,
@@ -38,6 +37,7 @@ from kl_plugins.trl.watched import (
     trainer_that_called,
     without_adapters,
 )
+from kl_plugins.trl.trainer import completion_mask
 
 logger = logging.get_logger(__name__)
 

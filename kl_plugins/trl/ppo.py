@@ -22,14 +22,14 @@ from kl_plugins.core.registry import distribution_problems, get_loss
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.core.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.errors import ConfigError, PatchError, refuse
-from kl_plugins.leave_out import left_out
-from kl_plugins.options import LEAVE_OUT_OPTIONS
+from kl_plugins.integration.leave_out import resolve_leave_out
+from kl_plugins.integration.options import LEAVE_OUT_OPTIONS
+from kl_plugins.integration.sampling import model_generation_problems
 from kl_plugins.patching import load_patches
 from kl_plugins.patching.rewrite import HOST, Edit, edited
 from kl_plugins.patching.versions import installed_version
-from kl_plugins.trl.beta import BetaCallback
-from kl_plugins.trl.fields import Hook, KLFields, check_trl
-from kl_plugins.trl.sampling import model_generation_problems
+from kl_plugins.trl.config import KLConfigMixin, TrainerPair, check_trl
+from kl_plugins.trl.controller import BetaCallback
 
 try:
     from trl.experimental import ppo as host
@@ -98,7 +98,7 @@ def train_with_kl() -> FunctionType:
     return edited_train(host.PPOTrainer.train)
 
 
-class _Claimed(float):
+class GuardedBeta(float):
     """A `kl_coef` with `kl` set: TRL's own trainer, which would train on its own KL, raises where it negates it."""
 
     def __neg__(self) -> float:
@@ -109,7 +109,7 @@ class _Claimed(float):
 
 
 @dataclass
-class PPOFields(KLFields):
+class PPOFields(KLConfigMixin):
     """The KL options of `kl_plugins.KLSpec`, each with a `kl_` in front. `kl_coef` is the coefficient (beta).
 
     Raises, before any model is loaded: `UnknownLossError`, `ConfigError` (an option that doesn't exist, isn't used by
@@ -127,8 +127,8 @@ class PPOFields(KLFields):
         train_with_kl()
         refuse(distribution_problems(str(self.kl), "TRL's PPOTrainer"))
 
-    def _claimed(self, beta: float) -> float:
-        return _Claimed(beta)
+    def _guarded(self, beta: float) -> float:
+        return GuardedBeta(beta)
 
     @property
     def kl_in_reward(self) -> bool:
@@ -234,7 +234,7 @@ class KLInPPO:
             self.kl_controller = self.args.controller(self.kl_beta)
             if self.args.kl_controller != "fixed":
                 self.add_callback(BetaCallback(self, self.kl_controller))
-            self._kl_left_out = left_out(
+            self._kl_left_out = resolve_leave_out(
                 self.args.kl_leave_out, tokenizer=self.processing_class, eos_token_id=self.stop_token_id
             )
             if not self.kl_spec.allow_biased:
@@ -358,7 +358,7 @@ class PPOTrainer(KLInPPO, host.PPOTrainer):
     """
 
 
-HOOK = Hook(
+PAIR = TrainerPair(
     trainer=host.PPOTrainer,
     config=host.PPOConfig,
     our_trainer=PPOTrainer,

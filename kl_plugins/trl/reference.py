@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from kl_plugins.errors import ConfigError, refuse
-from kl_plugins.vocabulary import require_one_tokenizer
+from kl_plugins.integration.tokenizers import require_one_tokenizer
 
 ADAPTER = "adapter:"
 STATE_FILE = "kl_reference.safetensors"

@@ -8,9 +8,8 @@ import torch
 import trl
 from torch import Tensor
 
-from kl_plugins.trl.config import RLOOConfig, RLOOFields
-from kl_plugins.trl.fields import Hook
-from kl_plugins.trl.seam import host_kl_replaced
+from kl_plugins.trl.config import RLOOConfig, RLOOFields, TrainerPair
+from kl_plugins.trl.host_beta import host_kl_replaced
 from kl_plugins.trl.trainer import KLTrainer
 from kl_plugins.trl.vllm import RecordedLogps
 
@@ -73,7 +72,7 @@ class RLOOTrainer(KLInRLOO, trl.RLOOTrainer):
     """
 
 
-HOOK = Hook(
+PAIR = TrainerPair(
     trainer=trl.RLOOTrainer,
     config=trl.RLOOConfig,
     our_trainer=RLOOTrainer,

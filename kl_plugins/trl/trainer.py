@@ -17,9 +17,11 @@ from kl_plugins.core.fused_linear_kl import LMHead
 from kl_plugins.core.metrics import WEIGHT_METRICS, kl_metrics, kl_sums, next_beta
 from kl_plugins.core.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.errors import PatchError, refuse
-from kl_plugins.leave_out import equal_reward_rows, left_out
-from kl_plugins.trl.beta import BetaCallback, say_dropped_controller
+from kl_plugins.integration.leave_out import equal_reward_rows, resolve_leave_out
+from kl_plugins.integration.sampling import model_generation_problems
+from kl_plugins.trl.controller import BetaCallback, say_dropped_controller
 from kl_plugins.trl.exact import Reference, Scored, distribution_problems, exact_kl_of, recorded
+from kl_plugins.trl.host_beta import guarded_beta
 from kl_plugins.trl.reference import (
     MovingReference,
     adapters_of,
@@ -29,8 +31,6 @@ from kl_plugins.trl.reference import (
     start_reference,
     without_hosts_reference,
 )
-from kl_plugins.trl.sampling import model_generation_problems
-from kl_plugins.trl.seam import unclaimed_beta
 from kl_plugins.trl.vllm import follow_policy_on_cpu, require_processed_logprobs
 
 logger = logging.get_logger(__name__)
@@ -72,7 +72,7 @@ class KLTrainer:
             self._kl_since_update: Tensor | None = None
             if self.args.kl_controller != "fixed":
                 self.add_callback(BetaCallback(self, self.kl_controller))
-            self._kl_left_out = left_out(
+            self._kl_left_out = resolve_leave_out(
                 self.args.kl_leave_out,
                 tokenizer=getattr(self.processing_class, "tokenizer", self.processing_class),
                 eos_token_id=getattr(self.model.generation_config, "eos_token_id", None),
@@ -285,7 +285,7 @@ class KLTrainer:
 
     def set_beta(self, beta: float) -> None:
         """Use another coefficient from the next micro-batch on."""
-        self.beta = unclaimed_beta(beta)
+        self.beta = guarded_beta(beta)
 
     def control_beta(self) -> None:
         """One update of the controller, on the training tokens of all processes since the last one."""

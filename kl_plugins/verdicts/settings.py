@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kl_plugins.errors import ConfigError, refuse
-from kl_plugins.leave_out import words_of
+from kl_plugins.integration.leave_out import words_of
 
 _LOOKS_LIKE_KL = re.compile(r"(^|[_.-])kl([_.-]|$)")
 _TRUE, _FALSE, _NONE = ("true", "yes", "1", "t", "y"), ("false", "no", "0", "f", "n"), ("none", "null")

@@ -8,7 +8,7 @@ from tiny_openrlhf import experience, experience_maker, gradients, made_up, step
 
 from kl_plugins import ConfigError, PatchError, kl_terms
 from kl_plugins.core.metrics import SUMS
-from kl_plugins.leave_out import LeftOut
+from kl_plugins.integration.leave_out import LeaveOut
 from kl_plugins.openrlhf.actor import _metrics
 
 
@@ -30,7 +30,7 @@ def leaving_out(planned, model_folder):
 )
 def test_the_step_leaves_tokens_out(make_actor, leaving_out, hooked, options):
     args = leaving_out(kl_leave_out=["eos", "id:7", "first"], **options)
-    assert args.kl_plugins.left_out == LeftOut(token_ids=(1, 7), first=True)
+    assert args.kl_plugins.left_out == LeaveOut(token_ids=(1, 7), first=True)
     trainer = make_actor(args)
     batch, _ = made_up(args, trainer)
     found = step(trainer, batch)[1] - step(trainer, batch, beta=0.0)[1]

@@ -11,7 +11,6 @@ import pytest
 from tiny_openrlhf import FLAGS, import_openrlhf, parse
 from typer.testing import CliRunner
 
-import kl_plugins
 from kl_plugins import ConfigError, PatchError, UnknownLossError, cli
 from kl_plugins.openrlhf import driver, experience, worker
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_of, plan_run
@@ -135,7 +134,7 @@ def test_a_filter_is_warned_about(planned):
 
 def test_nodes_with_another_version_are_refused(planned, monkeypatch):
     args = planned(*GRPO, kl="k2_as_loss")
-    monkeypatch.setattr(kl_plugins, "__version__", "0.0.1")
+    monkeypatch.setattr("kl_plugins.openrlhf.plan.__version__", "0.0.1")
     with pytest.raises(PatchError, match="the same version on every node"):
         plan_of(args)
 

@@ -12,7 +12,7 @@ from tiny_trl import BETA, parameters
 from kl_plugins import ConfigError
 from kl_plugins.core.controllers import ControllerSpec
 from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOTrainer
-from kl_plugins.trl.beta import logger
+from kl_plugins.trl.controller import logger
 
 ALL = pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer, GMPOTrainer])
 PI = {"kl_controller": "pi", "kl_target": 0.05, "kl_target_per": "sequence", "kl_horizon": 5.0}

@@ -8,7 +8,8 @@ from tiny_trl import loss_and_gradients, micro_batch
 from transformers import AddedToken
 
 from kl_plugins.errors import ConfigError
-from kl_plugins.leave_out import LeftOut, equal_reward_rows, left_out, token_classes
+from kl_plugins.integration.leave_out import LeaveOut, equal_reward_rows, resolve_leave_out
+from kl_plugins.integration.tokenizers import token_classes
 from kl_plugins.trl import GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 TRAINERS = pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer, GMPOTrainer])
@@ -128,24 +129,24 @@ def test_special_tokens_are_also_those_added_as_such(make_trainer):
     tokenizer.add_tokens([AddedToken("<turn>", special=True), AddedToken("<word>", special=False)])
     turn, word = tokenizer.convert_tokens_to_ids(["<turn>", "<word>"])
     assert turn not in tokenizer.all_special_ids
-    assert left_out(["special"], tokenizer=tokenizer, eos_token_id=None).token_ids == (0, 1, turn)
+    assert resolve_leave_out(["special"], tokenizer=tokenizer, eos_token_id=None).token_ids == (0, 1, turn)
     assert token_classes(tokenizer, None) == [2, 1, *[0] * 14, 2, 0]
     assert word == turn + 1
 
 
 def test_masks_of_the_resolved_words(make_trainer):
     tokenizer = make_trainer(GRPOTrainer).processing_class
-    found = left_out(
+    found = resolve_leave_out(
         ["eos", "special", "first", "12", "-", "text:5", "id:9"], tokenizer=tokenizer, eos_token_id=[1, 5]
     )
-    assert found == LeftOut(token_ids=(0, 1, 5, 7, 9, 12, 13), first=True)
+    assert found == LeaveOut(token_ids=(0, 1, 5, 7, 9, 12, 13), first=True)
     ids = torch.tensor([[2, 12, 1, 0], [3, 3, 3, 3]])
     masks = found.masks(ids, torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]), rows=torch.tensor([False, True]))
     assert masks["left_out_tokens"].tolist() == [[False, True, True, True], [False] * 4]
     assert masks["left_out_positions"].tolist() == [[True, False, False, False], [True] * 4]
-    first = LeftOut(first=True).masks(ids, torch.tensor([[0, 1, 0, 1], [0] * 4]))["left_out_positions"]
+    first = LeaveOut(first=True).masks(ids, torch.tensor([[0, 1, 0, 1], [0] * 4]))["left_out_positions"]
     assert first.nonzero().tolist() == [[0, 1]]
-    assert LeftOut().masks(ids, ids) == {}
+    assert LeaveOut().masks(ids, ids) == {}
 
 
 def test_equal_rewards():

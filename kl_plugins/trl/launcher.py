@@ -33,7 +33,7 @@ def launch_with_kl(launch: Callable[..., None]) -> Callable[..., None]:
     def launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
         from accelerate.commands.launch import launch_command, launch_command_parser
 
-        script = ["--module", "kl_plugins.trl.command", script_name.removesuffix(".py"), *training_script_args]
+        script = ["--module", __name__, script_name.removesuffix(".py"), *training_script_args]
         launch_command(launch_command_parser().parse_args([*launch_args, *script]))
 
     return launch_training_script

@@ -11,7 +11,7 @@ from kl_plugins.core.controllers import Controller, ControllerSpec
 from kl_plugins.core.registry import get_loss
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError
-from kl_plugins.leave_out import words_of
+from kl_plugins.integration.leave_out import words_of
 
 # Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
 COEFFICIENT_BOUND = 1e6

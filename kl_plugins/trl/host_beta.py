@@ -52,7 +52,7 @@ class HostBeta(float):
         return function(*args, **{k: float(v) if isinstance(v, cls) else v for k, v in (kwargs or {}).items()})
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copied or saved config is guarded as the original is
-        return unclaimed_beta, (float(self),)
+        return guarded_beta, (float(self),)
 
 
 @contextmanager
@@ -74,13 +74,13 @@ def host_kl_replaced(trainer: Any, term: Callable[[Tensor], Tensor]) -> Iterator
         )
 
 
-def unclaimed_beta(beta: float) -> HostBeta:
+def guarded_beta(beta: float) -> HostBeta:
     """The `beta` of a config or trainer with `kl` set, wherever our own code isn't running: there TRL's KL raises."""
 
-    def unclaimed(_host_kl: Tensor) -> Tensor:
+    def guarded(_host_kl: Tensor) -> Tensor:
         raise PatchError(
             "kl is set in the config, but TRL's own KL was about to be used: use the trainer of the same name from "
             "kl_plugins.trl, or apply_to_trl (a subclass must call its _compute_loss), or set kl=None"
         )
 
-    return HostBeta(beta, unclaimed)
+    return HostBeta(beta, guarded)

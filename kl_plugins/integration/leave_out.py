@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kl_plugins.errors import ConfigError, refuse
+from kl_plugins.integration.tokenizers import eos_ids, special_ids, token_id
 
 if TYPE_CHECKING:  # options are read, and explained, without torch
     from torch import Tensor
 
-WORDS = ("eos", "special", "first")
-
 
 @dataclass(frozen=True)
-class LeftOut:
+class LeaveOut:
     """What is left out of the KL of a run."""
 
     token_ids: tuple[int, ...] = ()
@@ -43,7 +42,9 @@ class LeftOut:
         return masks
 
 
-def left_out(words: Sequence[str | int], *, tokenizer: Any, eos_token_id: int | Collection[int] | None) -> LeftOut:
+def resolve_leave_out(
+    words: Sequence[str | int], *, tokenizer: Any, eos_token_id: int | Collection[int] | None
+) -> LeaveOut:
     """`kl_leave_out` for a tokenizer (Hugging Face's).
 
     Each is `"eos"` (every token that ends a completion), `"special"` (the tokenizer's special tokens, those of its
@@ -59,29 +60,11 @@ def left_out(words: Sequence[str | int], *, tokenizer: Any, eos_token_id: int | 
             ids |= special_ids(tokenizer)
         elif word != "first":
             try:
-                ids.add(_token_id(word, tokenizer))
+                ids.add(token_id(word, tokenizer))
             except ConfigError as error:
                 problems += error.args
     refuse(problems)
-    return LeftOut(token_ids=tuple(sorted(ids)), first="first" in words)
-
-
-def eos_ids(tokenizer: Any, eos_token_id: int | Collection[int] | None) -> set[int]:
-    """The tokens that end a completion: the tokenizer's, and those of the generation config."""
-    also = {eos_token_id} if eos_token_id is None or isinstance(eos_token_id, int) else set(eos_token_id)
-    return {int(index) for index in {tokenizer.eos_token_id, *also} - {None}}
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    """The tokens that mark text instead of being some, ends included."""
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {*tokenizer.all_special_ids, *added}
-
-
-def token_classes(tokenizer: Any, eos_token_id: int | Collection[int] | None) -> list[int]:
-    """Token id -> index into `monitor.CLASSES`: text, ends of a completion, other special tokens; the last is text."""
-    eos, special = eos_ids(tokenizer, eos_token_id), special_ids(tokenizer)
-    return [1 if index in eos else 2 if index in special else 0 for index in range(max(eos | special, default=-1) + 2)]
+    return LeaveOut(token_ids=tuple(sorted(ids)), first="first" in words)
 
 
 def equal_reward_rows(rewards: Tensor, group_size: int) -> Tensor:
@@ -94,30 +77,6 @@ def equal_reward_rows(rewards: Tensor, group_size: int) -> Tensor:
     close = some.amax(1) - some.amin(1) <= 1e-6 * some.abs().amax(1).clamp(min=1)
     equal = close & (groups.isnan() == groups[:, :1].isnan()).all(1)
     return (equal.all(-1) & (group_size > 1)).repeat_interleave(group_size)
-
-
-def _token_id(word: str | int, tokenizer: Any) -> int:
-    kind, _, rest = str(word).partition(":")
-    kind, text = (kind, rest) if kind in ("id", "text") and rest else ("", str(word))
-    vocabulary = tokenizer.get_vocab()
-    if kind == "id" or (not kind and text.lstrip("-").isdigit()):
-        if not text.isdigit() or int(text) >= len(tokenizer):
-            raise ConfigError(f"kl_leave_out has the token id {text}: the tokenizer has 0 to {len(tokenizer) - 1}")
-        if not kind and vocabulary.get(text, int(text)) != int(text):
-            raise ConfigError(
-                f"kl_leave_out has {text!r}, a token id and the text of token {vocabulary[text]}: write "
-                f"'id:{text}' or 'text:{text}'"
-            )
-        return int(text)
-    if text in vocabulary:
-        return int(vocabulary[text])
-    pieces = tokenizer.encode(text, add_special_tokens=False)
-    if len(pieces) == 1 and pieces[0] != getattr(tokenizer, "unk_token_id", None):
-        return int(pieces[0])
-    raise ConfigError(
-        f"kl_leave_out has {text!r}, which is {len(pieces)} tokens ({pieces}) of this tokenizer, or an unknown one: "
-        f"name a single token, its id, or one of {', '.join(WORDS)}"
-    )
 
 
 def words_of(value: str | int | Iterable[str | int] | None) -> list[str]:

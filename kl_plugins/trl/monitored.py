@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from kl_plugins.errors import PatchError, refuse
-from kl_plugins.leave_out import token_classes as classes_of
-from kl_plugins.trl.fields import check_trl
+from kl_plugins.integration.tokenizers import token_classes as classes_of
+from kl_plugins.trl.config import check_trl
 from kl_plugins.trl.reference import load_reference
 
 
@@ -106,7 +106,7 @@ def missing(trainer: Any, reference: Any) -> Iterator[str]:
 
 
 def token_classes(trainer: Any) -> Tensor:
-    """Token id -> index into `CLASSES`, on the trainer's device; see `kl_plugins.leave_out.token_classes`."""
+    """Token id -> index into `CLASSES`, on the trainer's device; see `integration.tokenizers.token_classes`."""
     processor = trainer.processing_class
     ends = getattr(trainer.accelerator.unwrap_model(trainer.model).generation_config, "eos_token_id", None)
     classes = classes_of(getattr(processor, "tokenizer", processor), ends)

@@ -1,0 +1,56 @@
+"""The fields of an options dataclass as flags of a command line: in a command, or in the words of a variable."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from dataclasses import fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from kl_plugins.errors import ConfigError
+
+# What a wrong word raises: of click, or of the copy of it that newer versions of typer bring.
+UsageError: Any = typer.BadParameter.__base__
+
+
+def with_flags(function: Any, options: type, **more: tuple[Any, Any]) -> Any:
+    """Give `function(context, **values)` a flag for each field of the dataclass `options`, for typer to read.
+
+    `more` are flags besides: name -> (annotation of typer, default).
+    """
+    hints = get_type_hints(options) | {"kl_weight_clip": tuple[float, float]}
+    declared = {}
+    for f in fields(options):
+        default = tuple(f.default_factory()) if callable(f.default_factory) else f.default
+        flag = f"--{f.name.replace('_', '-')}"
+        declared[f.name] = (Annotated[hints[f.name], typer.Option(flag, help=f.metadata["help"])], default)
+    declared |= more
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    function.__signature__ = inspect.Signature(
+        [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+        + [inspect.Parameter(name, keyword, default=d, annotation=a) for name, (a, d) in declared.items()]
+    )
+    function.__annotations__ = {"context": typer.Context} | {name: a for name, (a, _) in declared.items()}
+    return function
+
+
+def parse_flags(words: str, options: type, *, of: str) -> Any:
+    """An `options` from its flags in one string, which came from `of`: `"--kl k2_as_loss --kl-off-policy token"`.
+
+    Raises `ConfigError` for a flag that `options` doesn't have, a value that is none of it, and anything else.
+    """
+
+    def nothing(context: typer.Context, **values: Any) -> None:
+        pass
+
+    app = typer.Typer(add_completion=False)
+    app.command(add_help_option=False)(with_flags(nothing, options))
+    try:
+        values = typer.main.get_command(app).make_context(of, shlex.split(words)).params
+    except UsageError as error:
+        raise ConfigError(f"{of}={words!r}: {error.format_message()}; only options of the KL belong here") from error
+    except ValueError as error:  # an open quotation mark
+        raise ConfigError(f"{of}={words!r}: {error}") from error
+    return options(**values)
