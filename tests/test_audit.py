@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from kl_plugins import KLSpec, kl_terms, oracle
-from kl_plugins.audit import command, configurations, pages
+from kl_plugins.audit import configurations, pages
 from kl_plugins.audit.collect import TokenCounts, collect
 from kl_plugins.audit.configurations import Tokens, host_configurations, own_configurations
 from kl_plugins.audit.data import Rollouts, read_prompts, read_rollouts
@@ -28,6 +28,7 @@ from kl_plugins.audit.gradients import TARGETS, target_gradients, term_gradients
 from kl_plugins.audit.model import Pair
 from kl_plugins.audit.sketch import Sketch
 from kl_plugins.audit.statistics import Resampled, interval, squared_norm, standard_error
+from kl_plugins.cli.audit import audit
 from kl_plugins.errors import ConfigError
 
 UNCUT = (0.0, math.inf)
@@ -530,7 +531,7 @@ def test_a_prompt_that_leaves_too_few_positions_is_said(pair):
 
 
 app = typer.Typer()
-app.command()(command.audit)
+app.command()(audit)
 
 
 def invoke(folders, *arguments, code=0, out=None):
@@ -662,11 +663,11 @@ def test_ctrl_c_of_the_real_command(folders, tmp_path):
     program = (
         "import signal, sys, typer\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
-        "from kl_plugins.audit import command\n"
+        "from kl_plugins.cli.audit import audit\n"
         "from kl_plugins.audit.model import Pair\n"
         "sample = Pair.sample\n"
         "Pair.sample = lambda *a, **k: [sample(*a, **k), print('drawn', file=sys.stderr)][0]\n"
-        "typer.run(command.audit)"
+        "typer.run(audit)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, *map(str, words)], stderr=subprocess.PIPE, text=True)
     drawn = (line for line in process.stderr if "drawn" in line)
@@ -687,7 +688,7 @@ def test_without_matplotlib_the_page_has_its_tables(folders, tmp_path, monkeypat
 
 
 def test_the_command_line_loads_no_torch():
-    modules = "kl_plugins.audit.command, kl_plugins.run_report"
+    modules = "kl_plugins.cli.audit, kl_plugins.audit.run, kl_plugins.report.run_page"
     probe = f"import sys, {modules}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -16,9 +16,12 @@ import typer
 from tiny_openrlhf import import_openrlhf
 from typer.testing import CliRunner
 
-from kl_plugins import KLSpec, curves, kl_terms
-from kl_plugins.curves import coefficients, exact_zeros, openrlhf_terms, our_term, trl_term
-from kl_plugins.verdicts.host_terms import TERMS
+from kl_plugins import KLSpec, kl_terms
+from kl_plugins.cli.curves import curves as command
+from kl_plugins.explain import curves
+from kl_plugins.explain.curves import coefficients, exact_zeros, openrlhf_terms, our_term, trl_term
+from kl_plugins.explain.host_terms import TERMS
+from kl_plugins.report import curves as drawing
 
 U = torch.tensor([-30.0, -7.5, -2.7, -2.5, -1.0, -0.3, 0.0, 1e-9, 0.3, 1.0, 4.0, 7.5, 12.0], dtype=torch.float64)
 GRID = torch.linspace(-8, 13, 2101, dtype=torch.float64)
@@ -124,10 +127,10 @@ def found(openrlhf):
 
 
 def test_every_curve_has_its_place_in_the_picture(found, tmp_path, monkeypatch):
-    assert {(curve.panel, curve.name) for curve in found} == set(curves._DRAWN)
+    assert {(curve.panel, curve.name) for curve in found} == set(drawing._DRAWN)
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
-    pictures = [curves.plot(found, tmp_path / f"{dark}.png", dark=dark).read_bytes() for dark in (False, True)]
+    pictures = [drawing.plot(found, tmp_path / f"{dark}.png", dark=dark).read_bytes() for dark in (False, True)]
     assert pictures[0] != pictures[1]
     for figure in figures:
         figure.set_dpi(150)  # as it was saved
@@ -147,16 +150,16 @@ def test_every_curve_has_its_place_in_the_picture(found, tmp_path, monkeypatch):
 
 def test_a_picture_without_openrlhf(found, tmp_path):
     some = [curve for curve in found if not curve.name.startswith("OpenRLHF")]
-    assert curves.plot(some, tmp_path / "some.svg").stat().st_size > 10_000
+    assert drawing.plot(some, tmp_path / "some.svg").stat().st_size > 10_000
 
 
 def test_the_numbers(found, tmp_path):
-    curves.write(found, tmp_path / "curves.json")
+    drawing.write(found, tmp_path / "curves.json")
     rows = json.loads((tmp_path / "curves.json").read_text(), parse_constant=pytest.fail)  # no NaN, which isn't JSON
     assert [row["name"] for row in rows] == [curve.name for curve in found]
     assert rows[0]["coefficient"] == found[0].coefficient
     assert None in next(row for row in rows if (row["panel"], row["name"]) == ("float32", "TRL GRPO"))["coefficient"]
-    curves.write(found, tmp_path / "curves.csv")
+    drawing.write(found, tmp_path / "curves.csv")
     with (tmp_path / "curves.csv").open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == sum(len(curve.u) for curve in found)
@@ -164,7 +167,7 @@ def test_the_numbers(found, tmp_path):
 
 
 app = typer.Typer()
-app.command()(curves.curves)
+app.command()(command)
 
 
 def test_the_command(tmp_path):

@@ -18,12 +18,17 @@ from trl.experimental.gmpo import GMPOTrainer
 from trl_versions import CACHE
 from typer.testing import CliRunner
 
-import kl_plugins.verdicts.runs
+import kl_plugins.explain.run
 from kl_plugins import ConfigError, UnknownLossError, all_losses
 from kl_plugins.cli import app
 from kl_plugins.core.registry import GRADIENTS, LOSSES
-from kl_plugins.curves import host_loss
 from kl_plugins.explain import explain_words
+from kl_plugins.explain.curves import host_loss
+from kl_plugins.explain.host_terms import MARKS, OPTIONS, OURS, TERMS
+from kl_plugins.explain.pitfalls import TRAPS
+from kl_plugins.explain.reading import convert, from_flags, read_flags
+from kl_plugins.explain.run import kl_options
+from kl_plugins.explain.verdict import explain_run
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_run
 from kl_plugins.oracle import (
     enumerate_sequences,
@@ -34,11 +39,6 @@ from kl_plugins.oracle import (
     true_gradient,
 )
 from kl_plugins.trl import GRPOConfig, RLOOConfig
-from kl_plugins.verdicts.host_terms import MARKS, OPTIONS, OURS, TERMS
-from kl_plugins.verdicts.runs import kl_options
-from kl_plugins.verdicts.settings import convert, from_flags, read_flags
-from kl_plugins.verdicts.traps import TRAPS
-from kl_plugins.verdicts.verdict import explain_run
 
 
 def invoke(*arguments, code=0):
@@ -501,7 +501,7 @@ def test_generation_batch_size_counts_rollouts_of_one_process():
 
 
 def test_an_older_trl_has_another_default(monkeypatch):
-    monkeypatch.setattr(kl_plugins.verdicts.runs, "installed_version", lambda host: "1.9.2")
+    monkeypatch.setattr(kl_plugins.explain.run, "installed_version", lambda host: "1.9.2")
     found = explain_run({"beta": 0.04}, "grpo")
     assert (found.verdict, found.gradient_of) == ("another divergence", "local_forward_kl")
     assert any("1.9.2 is installed" in line for line in found.assumed)

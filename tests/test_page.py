@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kl_plugins import page
-from kl_plugins.page import INK, Section, Table, compact, fixed, picture, render, with_interval, write
+from kl_plugins.report import page
+from kl_plugins.report.page import INK, Section, Table, compact, fixed, picture, render, with_interval, write
 
 HOSTILE = """<script>alert('x')</script> "quoted" & $x_1$"""
 

@@ -11,12 +11,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kl_plugins import runs as module
+from kl_plugins.cli.report import report
 from kl_plugins.errors import ConfigError
-from kl_plugins.page import can_draw
 from kl_plugins.report import read_metrics
-from kl_plugins.run_report import report
-from kl_plugins.runs import mean_and_width, mean_over_seeds, pieces, read_runs
+from kl_plugins.report import runs as module
+from kl_plugins.report.page import can_draw
+from kl_plugins.report.runs import mean_and_width, mean_over_seeds, pieces, read_runs
 
 app = typer.Typer()
 app.command()(report)

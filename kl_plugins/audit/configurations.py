@@ -216,7 +216,7 @@ def _trl() -> tuple[list[Configuration], str]:
         with _quiet():
             import trl
 
-            from kl_plugins.curves import host_loss
+            from kl_plugins.explain.curves import host_loss
 
             def run(corrected: bool) -> Loss:
                 def loss(logp: Tensor, ref_logp: Tensor, old_logp: Tensor) -> Tensor:

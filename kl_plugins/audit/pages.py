@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kl_plugins.audit.statistics import RESOLVED
-from kl_plugins.page import (
+from kl_plugins.report.page import (
     INK,
     Picture,
     Section,
@@ -34,7 +34,7 @@ KINDS = {"kl_plugins": "blue", "kl_plugins, refused": "red", "a host's own": "go
 
 
 def audit_page(result: dict[str, Any]) -> str:
-    """HTML of what `kl_plugins.audit.command` writes as JSON."""
+    """HTML of what `kl_plugins.audit.run` writes as JSON."""
     data, rows = result["data"], result["rows"]
     lead = [
         f"Policy {data['model']}, reference {data['reference']}; {data['prompts']} prompts, "

@@ -54,7 +54,7 @@ def collect(
     folder: Path, *, install: bool, only: list[str] | None, with_model: bool, console: Console
 ) -> dict[str, Any]:
     """Everything that is measured, as plain data."""
-    from kl_plugins.page import command_line
+    from kl_plugins.report.page import command_line
     from kl_plugins.scoreboard.frameworks import FRAMEWORKS, NOT_INSTALLABLE
 
     names = {each.name.lower(): each for each in FRAMEWORKS}

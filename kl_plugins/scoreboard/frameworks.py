@@ -29,7 +29,7 @@ from torch import Tensor
 from kl_plugins.conformance.subject import Scored, Subject, from_function, from_spec
 from kl_plugins.core.registry import all_losses
 from kl_plugins.core.spec import KLSpec
-from kl_plugins.curves import host_loss
+from kl_plugins.explain.curves import host_loss
 
 UNBOUNDED = (0.0, float("inf"))
 

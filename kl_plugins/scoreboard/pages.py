@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kl_plugins.errors import ConfigError
-from kl_plugins.page import COLOURS, INK, can_draw, picture, write
+from kl_plugins.report.page import COLOURS, INK, can_draw, picture, write
 from kl_plugins.scoreboard.language_model import jackknife
 
 BEGIN, END = "<!-- scoreboard -->", "<!-- end of the scoreboard -->"

@@ -6,18 +6,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from kl_plugins.audit.command import audit
-from kl_plugins.curves import curves
-from kl_plugins.doctor import doctor
+from kl_plugins.cli.audit import audit
+from kl_plugins.cli.curves import curves
+from kl_plugins.cli.doctor import doctor, patches
+from kl_plugins.cli.explain import explain
+from kl_plugins.cli.report import report
 from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
-from kl_plugins.explain import explain
 from kl_plugins.integration.flags import with_flags
 from kl_plugins.openrlhf.plan import OpenRLHFOptions
-from kl_plugins.patching import changes, load_patches
-from kl_plugins.patching.versions import installed_version
-from kl_plugins.run_report import report
 from kl_plugins.scoreboard.command import scoreboard
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -27,6 +24,7 @@ app.command()(audit)
 app.command()(curves)
 app.command()(doctor)
 app.command()(report)
+app.command()(patches)
 app.command()(scoreboard)
 
 
@@ -78,33 +76,6 @@ def trl(context: typer.Context) -> None:
     raise typer.Exit(code)
 
 
-@app.command()
-def patches(host: Annotated[str, typer.Argument(help="The name of a file in patches/.")] = "openrlhf") -> None:
-    """Compare what is replaced inside a host (patches/HOST.toml) with the version that is installed."""
-    try:
-        known = load_patches(host)
-        found = changes(known)
-    except PatchError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
-        raise typer.Exit(2) from error
-    title = f"{host} {installed_version(host) or '(not installed)'}; tested: {', '.join(known.tested)}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("target", overflow="fold")
-    table.add_column("state")
-    table.add_column("digest, signature or reason", overflow="fold")
-    for change in found:
-        state = f"[green]{change.state}[/green]" if change.state == "same" else f"[red]{change.state}[/red]"
-        detail = change.detail or change.digest + (f"\n{change.signature}" if change.state == "signature" else "")
-        table.add_row(change.target, state, detail)
-    Console().print(table)
-    if any(change.state != "same" for change in found):
-        raise typer.Exit(1)
-
-
 def main() -> None:
     """The console script."""
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,13 @@
-"""`kl-plugins report`: training runs side by side on one page, seeds of a configuration averaged."""
+"""The page of `kl-plugins report`: training runs side by side, seeds of a configuration averaged."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from rich.console import Console
-from rich.text import Text
-
-from kl_plugins.errors import ConfigError
-from kl_plugins.page import (
+from kl_plugins.report.page import (
     INK,
     SERIES,
     Picture,
@@ -24,39 +18,11 @@ from kl_plugins.page import (
     picture,
     provenance,
     render,
-    write,
 )
-from kl_plugins.report import smoothed
-from kl_plugins.runs import METRICS, Metric, Run, mean_and_width, mean_over_seeds, pieces, read_runs
+from kl_plugins.report.plots import smoothed
+from kl_plugins.report.runs import METRICS, Metric, Run, mean_and_width, mean_over_seeds, pieces
 
 LINES = ("solid", "dashed", "dotted")
-
-
-def report(
-    runs: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Folders of runs, folders of such folders, or their logs.", show_default=False),
-    ] = None,
-    group: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=PATH,PATH: seeds of one configuration. Without it, names that end in seed0, seed1 ..."
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
-) -> None:
-    """Training runs side by side on one HTML page: reward, KL, weights and beta over the steps.
-
-    Reads the metrics.jsonl that the recipes write, TensorBoard's event files (TRL's, OpenRLHF's), or the
-    trainer_state.json of a checkpoint; also of a run that still goes on or was interrupted.
-    """
-    console = Console(stderr=True)
-    try:
-        write(out, report_page(read_runs(runs or [], group or [])))
-    except (ConfigError, OSError) as error:
-        console.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
-        raise typer.Exit(2) from error
-    console.print(f"wrote {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def report_page(runs: dict[str, list[Run]]) -> str:
@@ -197,6 +163,3 @@ def _draw(metric: Metric, runs: dict[str, list[Run]], colours: dict[str, tuple[s
 
     alt = f"{metric.title} over the steps of {', '.join(runs)}; its numbers are in the table of that name"
     return picture(draw, name=f"metric-{METRICS.index(metric)}", alt=alt, size=(4.2, 2.5))
-
-
-__all__ = ["report", "report_page"]

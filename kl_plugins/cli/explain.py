@@ -16,11 +16,9 @@ from rich.text import Text
 
 from kl_plugins.core.registry import KLLoss, all_losses, get_loss
 from kl_plugins.errors import ConfigError, UnknownLossError
-from kl_plugins.verdicts.runs import infer_trainer
-from kl_plugins.verdicts.settings import from_flags, read_file, read_flags
-from kl_plugins.verdicts.verdict import MEANING, OFF_POLICY, TRAINERS, Explanation, explain_run, not_offered
+from kl_plugins.explain import explain_words
+from kl_plugins.explain.verdict import MEANING, OFF_POLICY, TRAINERS, Explanation, not_offered
 
-HOSTS = ("trl", "openrlhf")
 _FILES = (".yaml", ".yml", ".json")
 
 
@@ -71,29 +69,6 @@ def explain(
     except (UnknownLossError, ConfigError) as error:
         Console(stderr=True).print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         raise typer.Exit(2) from error
-
-
-def explain_words(words: Sequence[str], *, host: str | None = None, trainer: str | None = None) -> Explanation:
-    """The explanation of a file, of flags, or of a file that flags override. Raises what `explain_run` raises."""
-    for option, asked, offered in (("--host", host, HOSTS), ("--trainer", trainer, TRAINERS)):
-        if asked not in (None, *offered):
-            raise ConfigError(f"{option} {asked} is not offered: choose from {', '.join(offered)}")
-    file = words[0] if words and not words[0].startswith("--") else None
-    flags = read_flags(words[1:] if file else words)
-    assumed: list[str] = []
-    if host is None and not trainer and any("." in flag for flag in flags):
-        host = "openrlhf"
-        assumed.append("--host openrlhf: its flags have dots in their names")
-    if host == "openrlhf":
-        if file or trainer:
-            what = f"the file {file}" if file else f"--trainer {trainer}"
-            raise ConfigError(f"{what} was given, but OpenRLHF has none: give its flags after --")
-        return explain_run(from_flags(flags, trl=False), "openrlhf", assumed)
-    given = from_flags(flags, trl=True)
-    if "config" in given:  # as TRL's own command line takes a file
-        file = str(given.pop("config"))
-    given = {**(read_file(file) if file else {}), **given}
-    return explain_run(given, infer_trainer(given, trainer, assumed), assumed)
 
 
 def _is_configuration(words: Sequence[str]) -> bool:
@@ -205,6 +180,3 @@ def _show_elsewhere(console: Console, found: Explanation) -> None:
     others = [f"{host} has {used} only" for host, used in not_offered(found.estimator).items()]
     if others:
         console.print(f"Not offered: {'; '.join(others)}.", markup=False)
-
-
-__all__ = ["explain", "explain_words"]

@@ -1,6 +1,6 @@
 """Settings of TRL and OpenRLHF under which a KL isn't what was meant, as a table for `kl-plugins explain`.
 
-Read from the sources that `kl_plugins.verdicts.host_terms` names, like everything there.
+Read from the sources that `kl_plugins.explain.host_terms` names, like everything there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kl_plugins.verdicts.runs import Run
+from kl_plugins.explain.run import Run
 
 
 @dataclass(frozen=True)

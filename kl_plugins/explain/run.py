@@ -12,11 +12,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 from kl_plugins.core.registry import distribution_problems, get_loss
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError, refuse
+from kl_plugins.explain.host_terms import BETA, CHOICES, HOSTS, MARKS, OPTIONS, TERMS, VERSIONS, HostTerm
+from kl_plugins.explain.reading import convert, refuse_unknown_kl
 from kl_plugins.integration.options import LEAVE_OUT_OPTIONS, KLOptions, ReferenceOptions
 from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_kl
 from kl_plugins.patching.versions import installed_version
-from kl_plugins.verdicts.host_terms import BETA, CHOICES, HOSTS, MARKS, OPTIONS, TERMS, VERSIONS, HostTerm
-from kl_plugins.verdicts.settings import convert, refuse_unknown_kl
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from kl_plugins.core.registry import LOSSES
+from kl_plugins.explain.host_terms import BETA, HOSTS, NO_ENGINE, OURS, TERMS, VERSIONS, HostTerm
+from kl_plugins.explain.pitfalls import TRAPS
+from kl_plugins.explain.run import Finding, Run, kl_options, nested, read_run
 from kl_plugins.integration.sampling import sampling_problems
-from kl_plugins.verdicts.host_terms import BETA, HOSTS, NO_ENGINE, OURS, TERMS, VERSIONS, HostTerm
-from kl_plugins.verdicts.runs import Finding, Run, kl_options, nested, read_run
-from kl_plugins.verdicts.traps import TRAPS
 
 TRAINERS = ("grpo", "rloo", "ppo", "gmpo")
 CONFIGS = {

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kl_plugins.errors import ConfigError
-from kl_plugins.report import read_metrics
+from kl_plugins.report.plots import read_metrics
 
 JSON_LINES, EVENTS, STATE = "metrics.jsonl", "events.out.tfevents", "trainer_state.json"
 SEED = re.compile(r"(?P<name>.*?)[-_/ ]?seed[-_]?\d+$")

@@ -15,7 +15,7 @@ from rich.table import Table
 from kl_plugins.core.registry import LOSSES, get_loss, third_party_names
 from kl_plugins.errors import PatchError
 from kl_plugins.openrlhf.driver import HOOK, OPTIONS, RAY_HOOK
-from kl_plugins.patching import ALLOW_UNTESTED, HostPatches, active, check, load_patches, untested_allowed
+from kl_plugins.patching import ALLOW_UNTESTED, HostPatches, active, changes, check, load_patches, untested_allowed
 from kl_plugins.patching.versions import installed_version
 
 TRL_PARTS = ("grpo", "rloo", "gmpo", "apply_grpo", "apply_rloo")
@@ -148,3 +148,25 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     for name, state in found["losses"].items():
         if state["error"]:
             console.print(f"[red]KL loss {name} cannot be used:[/red] {state['error']}")
+
+
+def patches(host: Annotated[str, typer.Argument(help="The name of a file in patches/.")] = "openrlhf") -> None:
+    """Compare what is replaced inside a host (patches/HOST.toml) with the version that is installed."""
+    try:
+        known = load_patches(host)
+        found = changes(known)
+    except PatchError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    title = f"{host} {installed_version(host) or '(not installed)'}; tested: {', '.join(known.tested)}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("target", overflow="fold")
+    table.add_column("state")
+    table.add_column("digest, signature or reason", overflow="fold")
+    for change in found:
+        state = f"[green]{change.state}[/green]" if change.state == "same" else f"[red]{change.state}[/red]"
+        detail = change.detail or change.digest + (f"\n{change.signature}" if change.state == "signature" else "")
+        table.add_row(change.target, state, detail)
+    Console().print(table)
+    if any(change.state != "same" for change in found):
+        raise typer.Exit(1)

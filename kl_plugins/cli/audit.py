@@ -1,0 +1,101 @@
+"""`kl-plugins audit`: bias and variance of every KL term's gradient on your own model, reference and prompts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from kl_plugins.errors import ConfigError
+
+INTERRUPTED = 130
+
+
+def audit(
+    model: Annotated[str | None, typer.Option(help="The policy: a folder or the name of a model on the hub.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The model that the KL is taken to, likewise.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines; completions are drawn from the policy.")] = None,
+    prompt_column: Annotated[str, typer.Option(help="Where they hold a text, or a chat's messages.")] = "prompt",
+    rollouts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --prompts: saved completions as JSON lines of prompt_ids (or the prompt column), "
+            "completion_ids and, if another policy or engine drew them, behavior_logp."
+        ),
+    ] = None,
+    completions: Annotated[int, typer.Option(min=2, help="Of each prompt, to audit.")] = 8,
+    target_completions: Annotated[int, typer.Option(min=2, help="Others of each prompt, for the target.")] = 32,
+    max_prompts: Annotated[int, typer.Option(min=1, help="More than these are thinned out at random.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a completion ends at the latest.")] = 64,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Completions in a forward pass; memory grows with it, tokens and vocabulary.")
+    ] = 8,
+    mse_batch: Annotated[int, typer.Option(min=1, help="Completions that the squared error is stated for.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the choice of prompts, the sampling and the resampling.")] = 0,
+    device: Annotated[str, typer.Option(help="auto is a GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of both models: float32, bfloat16 or float16.")] = "float32",
+    vllm: Annotated[
+        bool, typer.Option("--vllm", help="Draw what is audited with vLLM, off-policy by its own log-probs.")
+    ] = False,
+    hosts: Annotated[bool, typer.Option(help="Run the KL terms of TRL, OpenRLHF and verl, too.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for audit.html and audit.json.")] = Path("audit"),
+) -> None:
+    """Bias and variance of every KL term's gradient, on your own model, reference and prompts.
+
+    Every configuration of kl_plugins and what the installed hosts do themselves, against the gradients of the KL of
+    whole completions and of the next-token KLs. Ctrl-C leaves a report on the prompts that are done (exit code 130).
+    """
+    options = dict(locals())
+    del options["out"]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from kl_plugins.audit.run import AuditOptions, run_audit, write_report
+
+    console = Console(stderr=True)
+    bar = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    try:
+        asked = AuditOptions(**{name: value for name, value in options.items() if value is not None})
+        with Progress(TextColumn("{task.description}"), *bar, console=console) as progress:
+            task = progress.add_task("Prompts", total=None)
+            result = run_audit(
+                asked,
+                say=lambda text: console.print(text, highlight=False),
+                done=lambda count, total: progress.update(task, completed=count, total=total),
+            )
+    except (ConfigError, ValueError) as error:
+        console.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        console.print("Interrupted before a prompt was done: there is nothing to report.")
+        raise typer.Exit(INTERRUPTED) from None
+    written = write_report(result, out)
+    _show(Console(), result)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    if result["status"] != "complete":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    """The summary in the terminal."""
+    from kl_plugins.audit.pages import size
+
+    said = {None: "?", True: "[red]no[/red]", False: "[green]yes[/green]"}
+    table = Table(title="KL gradients: distance to the target, relative to its norm", title_justify="left", box=SIMPLE)
+    for column in ("term", "declared", "found", "whole KL", "next-token KLs", "dead"):
+        word = column in ("term", "declared", "found")
+        table.add_column(column, justify="left" if word else "right", no_wrap=word)
+    for row in result["rows"]:
+        own = row["own_name"]
+        sizes = (size(row["against"][of]["bias"]) for of in ("reverse_kl", "local_reverse_kl"))
+        found = said[own["seen"]] if own else ""
+        table.add_row(row["label"], row["gradient_of"] or "a KL", found, *sizes, f"{row['dead']:.1%}")
+    console.print(table)
+    for line in (*result["notices"], *result["left_out"]):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
