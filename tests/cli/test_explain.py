@@ -469,7 +469,7 @@ def test_a_file_and_flags_that_override_it(tmp_path):
     assert json.loads(invoke("--json", str(file)))["configuration"]["use_vllm"] is True
 
 
-@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")))
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")))
 def test_our_own_recipes_are_principled(recipe):
     assert explain_words([str(recipe)]).verdict == "principled"
 
