@@ -1,6 +1,11 @@
 """KL regularization for LLM reinforcement learning whose gradient is what its name says.
 
 Importing this package loads neither torch nor a host framework; names are resolved on first use.
+
+Public, and kept from version to version: the names in `__all__`, `kl_plugins.errors`, `kl_plugins.trl`,
+`kl_plugins.openrlhf` (with `driver.runtime_env_hook` and `driver.prepare`), `kl_plugins.oracle`,
+`kl_plugins.conformance`, `kl_plugins.report`, the command `kl-plugins` and the entry-point group `kl_plugins.losses`.
+Every other module is private and may move.
 """
 
 from __future__ import annotations
