@@ -84,6 +84,27 @@ class Plan(RunPlan):
         return self.left_out != LeaveOut() or self.leave_out_equal_rewards
 
 
+def check_options(options: OpenRLHFOptions) -> None:
+    """Refuse options that are wrong whatever OpenRLHF's flags are. Neither OpenRLHF nor torch is needed for it.
+
+    Raises:
+        `ConfigError`: no KL was named, an option that can't be what was meant, a zero or biased gradient; all at once.
+        `UnknownLossError`: nobody registered `options.kl`.
+    """
+    if options.kl is None:
+        refuse(_watched_problems(options))
+        return
+    loss = get_loss(options.kl)
+    in_reward = options.kl_placement == "reward" or (options.kl_placement == "auto" and loss.in_reward)
+    refuse(distribution_problems(loss.name, "OpenRLHF's actor"))
+    problems = _placement_problems(options, loss.in_reward, in_reward)
+    try:
+        problems += options.left_out_problems(_spec(options, None, in_reward))
+    except ConfigError as error:
+        problems += error.args
+    refuse(problems)
+
+
 def plan_run(options: OpenRLHFOptions, args: Any) -> RunPlan:
     """Check `options` against OpenRLHF's parsed (hierarchical) `args`, and put the plan into them.
 
@@ -143,19 +164,8 @@ def plan_kl(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True)
 
 def _plan_watched(options: OpenRLHFOptions, args: Any) -> RunPlan:
     """The plan of a run whose KL stays OpenRLHF's own, as do its flags."""
-    if not options.kl_monitor:
-        raise ConfigError(
-            "no KL was named: give one, e.g. --kl k2_as_loss, or --kl-monitor to watch OpenRLHF's own, or start "
-            "OpenRLHF itself"
-        )
-    defaults = {f.name: f.metadata["default"] for f in fields(options)} | {"kl_monitor": True}
-    problems = [
-        f"{name}={getattr(options, name)!r}, but no KL was named, and kl_monitor leaves OpenRLHF's own as it is: "
-        "name one, e.g. --kl k2_as_loss, or leave the option out"
-        for name, default in defaults.items()
-        if getattr(options, name) != default
-    ]
-    if not args.algo.kl.init_coef > 0:
+    problems = _watched_problems(options)
+    if options.kl_monitor and not args.algo.kl.init_coef > 0:
         problems.append(
             f"--algo.kl.init_coef {args.algo.kl.init_coef} with kl_monitor: OpenRLHF loads no reference then, and "
             "there is no KL to watch; with --algo.kl.init_coef 1e-30 it is loaded and scored, and the KL that this "
@@ -164,6 +174,22 @@ def _plan_watched(options: OpenRLHFOptions, args: Any) -> RunPlan:
     refuse(problems)
     _warn(args)
     return RunPlan(in_reward=not args.algo.kl.use_loss, monitor=True, version=__version__)
+
+
+def _watched_problems(options: OpenRLHFOptions) -> list[str]:
+    """What is wrong with options without a KL."""
+    if not options.kl_monitor:
+        return [
+            "no KL was named: give one, e.g. --kl k2_as_loss, or --kl-monitor to watch OpenRLHF's own, or start "
+            "OpenRLHF itself"
+        ]
+    defaults = {f.name: f.metadata["default"] for f in fields(options)} | {"kl_monitor": True}
+    return [
+        f"{name}={getattr(options, name)!r}, but no KL was named, and kl_monitor leaves OpenRLHF's own as it is: "
+        "name one, e.g. --kl k2_as_loss, or leave the option out"
+        for name, default in defaults.items()
+        if getattr(options, name) != default
+    ]
 
 
 def plan_of(args: Any) -> RunPlan:
@@ -209,14 +235,19 @@ def _gamma(args: Any) -> float:
 
 
 def _spec(options: OpenRLHFOptions, args: Any, in_reward: bool) -> KLSpec:
+    """The spec of the options under the host's flags `args`; None are flags at which no option of ours depends."""
     chosen = OpenRLHFOptions(**vars(options))
     if chosen.kl_baseline == "auto":
-        groups = args.algo.advantage.estimator in GROUP_ESTIMATORS and args.rollout.n_samples_per_prompt > 1
+        groups = (
+            args is not None
+            and args.algo.advantage.estimator in GROUP_ESTIMATORS
+            and args.rollout.n_samples_per_prompt > 1
+        )
         chosen.kl_baseline = "leave_one_out" if groups and get_loss(str(chosen.kl)).in_reward else None
     if in_reward:
         chosen.kl_clip = "combined"
         if chosen.kl_credit in (None, "to_go"):
-            chosen.kl_gamma = _gamma(args)
+            chosen.kl_gamma = 1.0 if args is None else _gamma(args)
     try:
         spec = chosen.kl_spec()
     except ConfigError as error:

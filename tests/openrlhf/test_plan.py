@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kl_plugins import ConfigError, PatchError, UnknownLossError, cli
 from kl_plugins.openrlhf import driver, experience, worker
-from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_of, plan_run
+from kl_plugins.openrlhf.plan import OpenRLHFOptions, check_options, plan_of, plan_run
 from kl_plugins.patching import ALLOW_UNTESTED
 
 GRPO = ("--algo.advantage.estimator", "group_norm")
@@ -116,6 +116,40 @@ def test_what_is_refused(flags, options, message):
 )
 def test_what_is_not(planned, flags, options):
     planned(*flags, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "no KL was named"),
+        ({"kl_monitor": True, "kl_clip": "separate"}, "but no KL was named"),
+        ({"kl": "k1_as_loss"}, "expected gradient is zero"),
+        ({"kl": "exact_in_reward"}, "full next-token distributions"),
+        ({"kl": "k2_as_loss", "kl_placement": "reward"}, "is a term of the loss"),
+        ({"kl": "k2_as_loss", "kl_placement": "advantage"}, "choose from auto, loss, reward"),
+        ({"kl": "k1_in_reward", "kl_leave_out": ["eos"]}, "use kl_placement='loss'"),
+        ({"kl": "k2_in_reward", "kl_placement": "loss", "kl_leave_out": ["eos"]}, "known for k1 only"),
+    ],
+)
+def test_options_that_no_flag_can_mend_are_refused_without_any(options, message):
+    with pytest.raises(ConfigError, match=message):
+        check_options(OpenRLHFOptions(**options))
+    with pytest.raises(UnknownLossError, match="k2_as_loss"):
+        check_options(OpenRLHFOptions(kl="k2_as_los"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_monitor": True},
+        {"kl": "k2_as_loss"},
+        {"kl": "k1_in_reward"},
+        {"kl": "k1_as_loss", "kl_allow_biased": True},
+        {"kl": "k1_in_reward", "kl_baseline": "leave_one_out"},  # where there are groups
+    ],
+)
+def test_options_that_may_be_right_are_left_to_the_flags(options):
+    check_options(OpenRLHFOptions(**options))
 
 
 def test_all_problems_at_once_and_an_unknown_name():
