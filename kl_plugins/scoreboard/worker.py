@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 from kl_plugins.conformance import measure
+from kl_plugins.conformance.hosts import Term, quiet
 from kl_plugins.scoreboard import language_model
-from kl_plugins.scoreboard.frameworks import Entry, framework, prepare, quiet
+from kl_plugins.scoreboard.frameworks import framework, prepare
 
 SAMPLES = 64
 """Completions in the batch that mean squared errors are of."""
 
 
-def measured(entry: Entry, drawn: dict[str, Any] | None) -> dict[str, Any]:
+def measured(entry: Term, drawn: dict[str, Any] | None) -> dict[str, Any]:
     """Every number of one row."""
     subject = entry.subject
     biases = {s: measure.bias(measure.expected_gradients(subject, s), s) for s in measure.SETTINGS}

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from kl_plugins import KLSpec, kl_terms, oracle
-from kl_plugins.audit import configurations, pages
+from kl_plugins.audit import pages
 from kl_plugins.audit.collect import TokenCounts, collect
 from kl_plugins.audit.configurations import Tokens, host_configurations, own_configurations
 from kl_plugins.audit.data import Rollouts, read_prompts, read_rollouts
@@ -29,6 +29,7 @@ from kl_plugins.audit.model import Pair
 from kl_plugins.audit.sketch import Sketch
 from kl_plugins.audit.statistics import Resampled, interval, squared_norm, standard_error
 from kl_plugins.cli.audit import audit
+from kl_plugins.conformance import hosts
 from kl_plugins.errors import ConfigError
 
 UNCUT = (0.0, math.inf)
@@ -321,21 +322,22 @@ def host_rows():
 def test_hosts_own_functions_are_run(drawn):
     rows, left_out = host_rows()
     assert left_out == ["verl is not installed"]
-    assert re.fullmatch(r"trl [\d.]+: GRPOTrainer._compute_loss, run on .*", rows["TRL GRPO"].origin)
-    assert re.fullmatch(r"openrlhf [\d.]+: compute_approx_kl, run", rows["OpenRLHF k2 in loss"].origin)
+    corrected, plain = "TRL GRPO (k3, bias correction)", "TRL GRPO (k3)"
+    assert re.fullmatch(r"trl [\d.]+: GRPOTrainer._compute_loss, run on .*", rows[corrected].origin)
+    assert re.fullmatch(r"openrlhf [\d.]+: compute_approx_kl, run", rows["OpenRLHF k2"].origin)
     u, rho = drawn.logp - drawn.ref_logp, (drawn.logp - drawn.behavior_logp).exp()
     expected = {
-        "TRL GRPO": rho * u,
-        "TRL GRPO, plain k3": -torch.expm1(-u),
-        "OpenRLHF k1 in loss": torch.ones_like(u),
-        "OpenRLHF k2 in loss": u,
-        "OpenRLHF k3 in loss": -torch.expm1(-u),
+        corrected: rho * u,
+        plain: -torch.expm1(-u),
+        "OpenRLHF k1": torch.ones_like(u),
+        "OpenRLHF k2": u,
+        "OpenRLHF k3": -torch.expm1(-u),
         "OpenRLHF unbiased_gradient": rho.clamp(max=10) * u,
     }
     for name, coefficient in expected.items():
         found = rows[name].coefficients(drawn).score
         torch.testing.assert_close(found, coefficient * drawn.mask, rtol=1e-4, atol=1e-5)
-        on_policy = {"TRL GRPO": u, "OpenRLHF unbiased_gradient": u}.get(name, coefficient)
+        on_policy = {corrected: u, "OpenRLHF unbiased_gradient": u}.get(name, coefficient)
         torch.testing.assert_close(rows[name].pointwise(drawn.logp, drawn.ref_logp), on_policy, rtol=1e-4, atol=1e-5)
     frozen = torch.where(drawn.mask, drawn.behavior_logp - drawn.ref_logp, 0.0)
     to_go = frozen.flip(-1).cumsum(-1).flip(-1)
@@ -346,37 +348,39 @@ def test_hosts_own_functions_are_run(drawn):
 def test_where_trl_can_not_be_run_its_formula_says_so_and_is_the_same(drawn, monkeypatch):
     rows, _ = host_rows()
     monkeypatch.setitem(sys.modules, "trl", None)
-    stated, problem = configurations._trl()
+    stated, (problem, _) = host_configurations()
     assert "its formula stands for it" in problem
+    stated = [row for row in stated if row.name.startswith("TRL")]
+    assert len(stated) == 2
     for row in stated:
-        assert row.origin == "formula of TRL 1.16, read from its source; not run"
+        assert row.origin.startswith("formula of TRL 1.16, not run")
         found = row.coefficients(drawn).score
         torch.testing.assert_close(found, rows[row.name].coefficients(drawn).score, rtol=1e-4, atol=1e-5)
 
 
 def test_a_host_that_is_missing_or_broken_is_said_to_be(monkeypatch):
     monkeypatch.setitem(sys.modules, "openrlhf.models.utils", None)
-    assert "OpenRLHF is installed, but can't be imported" in configurations._openrlhf()[1]
-    monkeypatch.setattr(configurations, "installed_version", lambda host: None)
-    assert configurations._openrlhf() == ([], "OpenRLHF is not installed")
+    assert "OpenRLHF is installed, but can't be imported" in hosts.installed("OpenRLHF")[1]
+    monkeypatch.setattr(hosts, "installed_version", lambda host: None)
+    assert hosts.installed("OpenRLHF") == ([], "OpenRLHF is not installed")
 
 
 def test_verls_own_function_is_run_where_there_is_one(drawn, monkeypatch):
     def kl_penalty(logp, ref_logp, name):
         if name.endswith("+"):
             raise NotImplementedError
-        return {"kl": lambda u: u, "mse": lambda u: u.square() / 2}.get(name, torch.exp)(logp - ref_logp)
+        return {"k1": lambda u: u, "k2": lambda u: u.square() / 2}.get(name, torch.exp)(logp - ref_logp)
 
     module = types.ModuleType("verl.trainer.ppo.core_algos")
     module.kl_penalty = kl_penalty
     monkeypatch.setitem(sys.modules, "verl.trainer.ppo.core_algos", module)
     for name in ("verl", "verl.trainer", "verl.trainer.ppo"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    rows, problem = configurations._verl()
-    assert not problem
-    assert [row.name for row in rows] == ["verl kl in loss", "verl mse in loss", "verl low_var_kl in loss"]
+    rows, _ = host_rows()
+    names = [name.removeprefix("verl ") for name in rows if name.startswith("verl ")]
+    assert names == ["k1", "abs", "k2", "k3 (low_var_kl)", "k1 in reward"]
     u = drawn.logp - drawn.ref_logp
-    torch.testing.assert_close(rows[1].coefficients(drawn).score, u * drawn.mask)
+    torch.testing.assert_close(rows["verl k2"].coefficients(drawn).score, u * drawn.mask)
 
 
 def test_tokens_whose_gradient_a_clamp_has_switched_off_are_counted():
@@ -391,8 +395,8 @@ def test_tokens_whose_gradient_a_clamp_has_switched_off_are_counted():
         counts = TokenCounts()
         counts.add(row.coefficients(tokens), tokens, (1.0, 0.0, 3.0, 0.0))
         dead[row.name] = counts.shares()["dead"]
-    assert dead["OpenRLHF k2 in loss"] == dead["OpenRLHF k3 in loss"] == pytest.approx(1 / 3)
-    assert dead["k2_as_loss"] == dead["OpenRLHF unbiased_gradient"] == dead["TRL GRPO"] == 0
+    assert dead["OpenRLHF k2"] == dead["OpenRLHF k3"] == pytest.approx(1 / 3)
+    assert dead["k2_as_loss"] == dead["OpenRLHF unbiased_gradient"] == dead["TRL GRPO (k3, bias correction)"] == 0
 
 
 def test_weights_tail_and_effective_sample_size():
@@ -591,7 +595,7 @@ def test_rollouts_of_another_policy_are_audited_off_policy(folders, tmp_path, pa
     found = strict(tmp_path / "out" / "audit.json")
     labels = [row["label"] for row in found["rows"]]
     assert {f"k1_in_reward to_go, {kind}" for kind in ("none", "token", "prefix", "sequence")} <= set(labels)
-    assert {"TRL GRPO", "OpenRLHF k1 in reward"} <= set(labels)
+    assert {"TRL GRPO (k3, bias correction)", "OpenRLHF k1 in reward"} <= set(labels)
     assert found["data"]["off_policy"]
     assert found["data"]["completions"] == 12
     assert found["left_out"] == ["verl is not installed"]

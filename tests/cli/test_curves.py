@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from kl_plugins import KLSpec, kl_terms
 from kl_plugins.cli.curves import curves as command
+from kl_plugins.conformance import hosts
 from kl_plugins.explain import curves
-from kl_plugins.explain.curves import coefficients, exact_zeros, openrlhf_terms, our_term, trl_term
+from kl_plugins.explain.curves import coefficients, exact_zeros, own_term
 from kl_plugins.explain.host_terms import TERMS
 from kl_plugins.report import curves as drawing
 
@@ -41,9 +42,21 @@ def openrlhf():
     import_openrlhf()
 
 
+def trl_term(corrected=True):
+    terms, _ = hosts.installed("TRL")
+    return terms[0 if corrected else 1].subject
+
+
+def openrlhf_term(name):
+    terms, problem = hosts.installed("OpenRLHF")
+    assert not problem
+    (found,) = [term.subject for term in terms if term.subject.name == name]
+    return found
+
+
 @pytest.mark.parametrize(("name", "credit"), curves.OURS)
 def test_ours_are_the_analytic_ones_and_those_of_kl_terms(name, credit):
-    found = coefficients(our_term(name, credit), U)
+    found = coefficients(own_term(name, credit), U)
     torch.testing.assert_close(found, ANALYTIC[name](U), rtol=1e-14, atol=0)
     spec = KLSpec(name=name, credit=credit, allow_biased=True)
     column = U[:, None]
@@ -51,26 +64,29 @@ def test_ours_are_the_analytic_ones_and_those_of_kl_terms(name, credit):
     assert torch.equal(found, terms.coefficient[:, 0])
     others = [other(U) for other in ANALYTIC.values() if not torch.equal(other(U), ANALYTIC[name](U))]
     assert not any(torch.allclose(found, other) for other in others)
-    assert exact_zeros(our_term(name, credit), GRID) == []
+    assert exact_zeros(own_term(name, credit), GRID) == []
 
 
 @pytest.mark.parametrize(("corrected", "analytic"), [(True, "k2_as_loss"), (False, "k3_as_loss")])
 def test_trls_own_function(corrected, analytic, monkeypatch):
     u = U[1:]  # at -30 its exp has swallowed half of the digits
-    term, how = trl_term(use_bias_correction_kl=corrected)
-    assert how == f"trl {trl.__version__}, GRPOTrainer._compute_loss, run"
+    term = trl_term(corrected)
+    run = f"trl {trl.__version__}: GRPOTrainer._compute_loss, run on a stub of a trainer, use_bias_correction_kl="
+    assert term.origin == f"{run}{corrected}"
     torch.testing.assert_close(coefficients(term, u), ANALYTIC[analytic](u), rtol=1e-12, atol=1e-12)
     # What stands for it where it can't be run says so, and is the same.
     monkeypatch.setitem(sys.modules, "trl", None)
-    stated, how = trl_term(use_bias_correction_kl=corrected)
-    assert how.startswith("formula of TRL 1.16, not run")
+    stated = trl_term(corrected)
+    assert stated.origin.startswith("formula of TRL 1.16, not run (TRL is installed, but can't be imported")
     torch.testing.assert_close(coefficients(stated, u), coefficients(term, u), rtol=1e-10, atol=1e-12)
 
 
 def test_a_trl_that_the_stub_does_not_fit(monkeypatch):
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda self, model, inputs: self.something_new)
-    term, how = trl_term()
-    assert how.startswith("formula of TRL 1.16, not that of the installed")
+    term = trl_term()
+    assert term.origin.startswith(
+        f"formula of TRL 1.16, not run (TRL {trl.__version__} is installed, but its function"
+    )
     torch.testing.assert_close(coefficients(term, U[1:]), U[1:], rtol=1e-12, atol=1e-12)
 
 
@@ -80,14 +96,13 @@ def test_openrlhfs_dead_zones_are_where_its_clamp_puts_them(estimator):
     low, high = CLAMPS[estimator]
     value = {"k2": lambda u: u * u / 2, "k3": lambda u: math.expm1(-u) + u}[estimator]
     assert [value(low), value(high)] == pytest.approx([10, 10], rel=1e-9)
-    terms, left_out = openrlhf_terms()
-    assert left_out == []
-    (first, last) = exact_zeros(terms[estimator], GRID)
+    term = openrlhf_term(estimator)
+    (first, last) = exact_zeros(term, GRID)
     assert (first[0], last[1]) == (-8, 13)
     assert (first[1], last[0]) == pytest.approx((low, high), rel=1e-6)
     alive = GRID[(GRID > low) & (GRID < high) & (GRID.abs() > 1e-6)]
     analytic = ANALYTIC[f"{estimator}_as_loss"](alive)
-    torch.testing.assert_close(coefficients(terms[estimator], alive), analytic, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(coefficients(term, alive), analytic, rtol=1e-4, atol=1e-6)
     # What `explain` says is what was computed.
     said = TERMS[f"openrlhf_loss_{estimator}"]
     assert f"{abs(low):.2f}" in said.dead_zone
@@ -97,25 +112,25 @@ def test_openrlhfs_dead_zones_are_where_its_clamp_puts_them(estimator):
 
 
 def test_openrlhfs_unbiased_gradient_has_none():
-    term = openrlhf_terms()[0]["unbiased_gradient"]
+    term = openrlhf_term("unbiased_gradient")
     assert exact_zeros(term, GRID) == []
     torch.testing.assert_close(coefficients(term, GRID), GRID, rtol=1e-6, atol=1e-6)
 
 
 def test_without_openrlhf_its_curves_are_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "openrlhf.models.utils", None)
-    terms, (line,) = openrlhf_terms()
-    assert terms == {}
-    assert line.startswith("OpenRLHF's curves are left out")
+    found, (line,) = curves.all_curves()
+    assert not [curve for curve in found if curve.name.startswith("OpenRLHF")]
+    assert line.startswith("OpenRLHF's curves are left out: OpenRLHF is installed, but can't be imported")
 
 
 def test_what_float32_loses():
     u = torch.tensor([-20.0, -40.0, -89.0])
-    term, _ = trl_term()
+    term = trl_term()
     lost = coefficients(term, u)
     assert lost[:2].tolist() == [-32, 0]
     assert lost[2].isnan()
-    assert torch.equal(coefficients(our_term("k2_as_loss", "token"), u), u)
+    assert torch.equal(coefficients(own_term("k2_as_loss", "token"), u), u)
     (zero,) = exact_zeros(term, torch.linspace(-96, 0, 1921))
     assert zero == pytest.approx((-88.72, -20.1), rel=1e-2)
     assert torch.allclose(coefficients(term, u.double())[:1], u[:1].double(), rtol=1e-6)  # it is a matter of float32
@@ -178,7 +193,7 @@ def test_the_command(tmp_path):
     assert data.is_file()
     assert "hosts: OpenRLHF k3" in run.output
     assert "exactly 0 for u in [-8, -2.611]" in " ".join(run.output.split())
-    assert f"trl {trl.__version__}, GRPOTrainer._compute_loss, run" in " ".join(run.output.split())
+    assert f"trl {trl.__version__}: GRPOTrainer._compute_loss, run" in " ".join(run.output.split())
 
 
 @pytest.mark.parametrize(

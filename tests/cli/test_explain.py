@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 import kl_plugins.explain.run
 from kl_plugins import ConfigError, UnknownLossError, all_losses
 from kl_plugins.cli import app
+from kl_plugins.conformance.hosts import grpo_loss
 from kl_plugins.core.registry import GRADIENTS, LOSSES
 from kl_plugins.explain import explain_words
-from kl_plugins.explain.curves import host_loss
 from kl_plugins.explain.host_terms import MARKS, OPTIONS, OURS, TERMS
 from kl_plugins.explain.pitfalls import TRAPS
 from kl_plugins.explain.reading import convert, from_flags, read_flags
@@ -352,7 +352,7 @@ def per_token(name, logp, ref_logp, old_logp, mask):
         "grpo_sequence": {"importance_sampling_level": "sequence"},
     }.get(name, {})
     trainer = GMPOTrainer if name == "gmpo" else trl.GRPOTrainer
-    loss = host_loss(trainer, logp, ref_logp=ref_logp, old_logp=old_logp, mask=mask, **options)
+    loss = grpo_loss(trainer, logp, ref_logp=ref_logp, old_logp=old_logp, mask=mask, **options)
     return loss * (mask.sum() if name == "gmpo" else 1)  # GMPO divides by the length; that is a flaw of its own
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from kl_plugins.cli import app
 from kl_plugins.conformance import measure
+from kl_plugins.conformance.hosts import Term
 from kl_plugins.conformance.subject import from_function, from_spec
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.oracle import relative_error, second_moment
@@ -48,8 +49,8 @@ def rows(entries):
     names = ("k1_in_reward to_go", "exact_in_reward to_go", "exact_in_reward to_go, prefix weights")
     clamped = from_function(lambda logp, ref: ((logp - ref).square() / 2).clamp(max=10), name="k2, clamped")
     reward = from_function(lambda logp, ref: logp - ref, kind="reward", name="k1 in reward")
-    theirs = [frameworks.Entry(subject=clamped, where="loss", default=True)]
-    theirs.append(frameworks.Entry(subject=reward, where="reward"))
+    theirs = [Term(subject=clamped, where="loss", default=True)]
+    theirs.append(Term(subject=reward, where="reward"))
     return [worker.measured(entries[name], None) for name in names], [worker.measured(e, None) for e in theirs]
 
 
