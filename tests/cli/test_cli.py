@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import trl
@@ -112,19 +113,11 @@ def test_doctor_shows_what_the_environment_hooks_and_fails_if_it_can_not(monkeyp
 
 
 def test_doctor_shows_a_broken_third_party_loss_and_fails(monkeypatch):
-    class Broken:
-        name, value = "theirs", "their_package:loss"
-
-        def load(self):
-            raise ImportError("no module named their_package")
-
-    class Found(list):
-        names = ("theirs",)
-
-    monkeypatch.setattr(registry, "entry_points", lambda group, name="theirs": Found([Broken()] * (name == "theirs")))
+    broken = EntryPoint("theirs", "their_package:loss", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "_third_party", lambda path: EntryPoints([broken]))
     said = " ".join(invoke("doctor", code=1).split())
     assert "theirs cannot be used: ConfigError" in said
-    assert "no module named their_package" in said
+    assert "No module named 'their_package'" in said
 
 
 def test_the_console_script_loads_no_torch_and_no_host():

@@ -43,11 +43,13 @@ def installed(monkeypatch):
         module.thing = thing
         monkeypatch.setitem(__import__("sys").modules, module.__name__, module)
         found.append(EntryPoint(name=name, value=f"{module.__name__}:thing", group=group))
+        registry._third_party.cache_clear()
         return thing
 
     monkeypatch.setattr(registry, "entry_points", entry_points)
     monkeypatch.setattr(registry, "LOSSES", dict(registry.LOSSES))
-    return install
+    yield install
+    registry._third_party.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,20 @@ def test_entry_points_name_a_record_or_what_makes_one(thing, installed):
 def test_nothing_is_loaded_for_a_built_in(installed):
     installed("broken", None)
     assert get_loss("k2_as_loss").name == "k2_as_loss"
+
+
+def test_a_package_that_is_put_on_the_path_is_found(tmp_path, monkeypatch):
+    with pytest.raises(UnknownLossError):
+        get_loss("on_the_path")
+    package = tmp_path / "found_on_the_path-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: found_on_the_path\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(
+        f"[{registry.ENTRY_POINT_GROUP}]\non_the_path = found_on_the_path:loss\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"'on_the_path' \(found_on_the_path:loss\) can't be imported"):
+        get_loss("on_the_path")
 
 
 def test_entry_points_of_another_group_are_not_ours(installed):
