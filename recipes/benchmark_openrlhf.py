@@ -41,6 +41,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from kl_plugins.integration.recorder import Recorder
 from kl_plugins.openrlhf import OpenRLHFOptions, actor, plan_run
 from kl_plugins.patching import Patching, load_patches
 
@@ -136,7 +137,6 @@ def peak_bytes(trainer, batch) -> int:
 @contextlib.contextmanager
 def clocked(spent: list[float]):
     """Add the seconds of the plugin's own computation to `spent`."""
-    terms_of, count = actor.terms_of, actor._count
 
     def clock(function):
         def timed(*args):
@@ -148,7 +148,9 @@ def clocked(spent: list[float]):
 
         return timed
 
-    with mock.patch.multiple(actor, terms_of=clock(terms_of), _count=clock(count)):
+    computed = mock.patch.object(actor, "terms_of", clock(actor.terms_of))
+    recorded = mock.patch.object(Recorder, "add", clock(Recorder.add))
+    with computed, recorded:
         yield
 
 
@@ -176,7 +178,7 @@ def main(
     stock, ours = arguments(*STOCK), arguments()
     plan_run(OpenRLHFOptions(kl="k2_as_loss", kl_off_policy="token"), ours)
     trainer = make_trainer(stock, vocabulary, hidden, tokens + PROMPT, device)
-    trainer.kl_plugins_sums = None
+    trainer.kl_plugins_recorder = actor.recorder_of(trainer)
 
     def as_shipped(measure, batch):
         trainer.args = stock

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kl_plugins.core.advantages import refresh_advantages
-from kl_plugins.core.metrics import SUMS, WEIGHT_METRICS, kl_metrics, kl_sums
 from kl_plugins.core.terms import KLTerms, kl_terms, require_policy_scores
 from kl_plugins.errors import PatchError
+from kl_plugins.integration.recorder import Recorder
 from kl_plugins.openrlhf import worker
-from kl_plugins.openrlhf.hostdata import from_info, left_out_of, over_ranks, show
+from kl_plugins.openrlhf.hostdata import from_info, left_out_of, max_over_ranks, show, sum_over_ranks
 from kl_plugins.openrlhf.monitor import metrics_of, watching
 from kl_plugins.openrlhf.plan import Plan, plan_of
 
@@ -90,7 +90,7 @@ def training_step(host: Host) -> Host:
 
         def term(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
             terms = terms_of(plan, experience, log_probs, log_probs_base)
-            _count(trainer, terms, beta)
+            trainer.kl_plugins_recorder.add(terms, beta)
             return terms.loss
 
         with answering(term, expected=1):
@@ -104,12 +104,13 @@ def ppo_train(host: Host) -> Host:
 
     def train(trainer: Any, kl_ctl: float) -> dict[str, Any]:
         plan = plan_of(trainer.args)
-        trainer.kl_plugins_sums = trainer.kl_plugins_monitored = None
+        trainer.kl_plugins_recorder = recorder_of(trainer)
+        trainer.kl_plugins_monitored = None
         status: dict[str, Any] = host(trainer, kl_ctl)
         if plan.monitor:
             status.update(metrics_of(trainer))
         if isinstance(plan, Plan):  # whose numbers go before those of the same name
-            status.update(_metrics(trainer, float(kl_ctl)))
+            status.update(_metrics(trainer, plan, float(kl_ctl)))
         worker.report()
         return status
 
@@ -145,7 +146,7 @@ def _advantages_of_now(trainer: Any, plan: Plan, experience: Any, beta: float) -
         base = experience.base_action_log_probs
         now = terms_of(plan, experience, log_probs, base)
         then = terms_of(plan, experience, old_log_probs, base)
-        _count(trainer, now, beta)
+        trainer.kl_plugins_recorder.add(now, beta)
         advantages = refresh_advantages(
             advantages,
             spec=plan.spec,
@@ -182,25 +183,20 @@ def _unexpected(log_probs: Tensor, log_probs_base: Tensor) -> Tensor:
     raise PatchError("OpenRLHF asked for a KL in the loss, but the configuration has it in the reward")
 
 
-def _count(trainer: Any, terms: KLTerms, beta: float) -> None:
-    """Add a micro-batch to what `ppo_train` logs."""
-    sums, largest = kl_sums(terms, beta=beta), terms.weight.max()
-    so_far = getattr(trainer, "kl_plugins_sums", None)
-    if so_far is not None:
-        sums, largest = sums + so_far[0], torch.maximum(largest, so_far[1])
-    trainer.kl_plugins_sums = sums, largest
+def recorder_of(trainer: Any) -> Recorder:
+    """A `Recorder` over the ranks of the policy, of which some may take no step of a `ppo_train`."""
+    return Recorder(
+        sum_over_ranks=partial(sum_over_ranks, trainer), max_over_ranks=partial(max_over_ranks, trainer), in_step=False
+    )
 
 
-def _metrics(trainer: Any, beta: float) -> dict[str, Any]:
+def _metrics(trainer: Any, plan: Plan, beta: float) -> dict[str, Any]:
     """The `kl/*` numbers over all steps of a `ppo_train` and all ranks; none if no rank took a step.
 
-    And, for `experience.train_step`, the sums that they were made of.
+    And, for `experience.train_step`, the sums that a controller is updated with, (13,).
     """
-    sums, largest = over_ranks(trainer, *(trainer.kl_plugins_sums or (torch.zeros(len(SUMS)), torch.zeros(()))))
-    if not sums.any():
-        return {}
-    plan = plan_of(trainer.args)
-    metrics: dict[str, Any] = dict(kl_metrics(sums, weight_max=largest, beta=beta, leaves_out=plan.leaves_out))
-    if plan.in_reward:  # OpenRLHF's own ratio and clip apply, and are logged by it
-        metrics = {name: value for name, value in metrics.items() if name not in WEIGHT_METRICS}
-    return metrics | {KL_SUMS: sums.cpu()}
+    recorder = trainer.kl_plugins_recorder
+    # In the reward OpenRLHF's own ratio and clip apply, and are logged by it.
+    metrics = recorder.metrics(beta=beta, own_weights=not plan.in_reward, leaves_out=plan.leaves_out)
+    sums = recorder.since_update()
+    return {} if sums is None else {**metrics, KL_SUMS: sums.cpu()}

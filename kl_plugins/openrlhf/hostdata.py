@@ -48,11 +48,17 @@ def token_ids(experience: Any) -> Tensor:
     return ids
 
 
-def over_ranks(trainer: Any, sums: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums and maxima over all ranks. A rank without a step calls it all the same: the others wait for it."""
+def sum_over_ranks(trainer: Any, sums: Tensor) -> Tensor:
+    """The sums of all ranks' rows, each row once. A rank without a step calls it all the same: the others wait."""
     copies = trainer.args.ds.ring_attn_size * trainer.args.ds.tensor_parallel_size  # ranks that hold the same rows
-    sums = trainer.strategy.all_reduce(sums.clone(), op="sum") / copies
-    return sums, trainer.strategy.all_reduce(largest.clone(), op="max")
+    total: Tensor = trainer.strategy.all_reduce(sums.clone(), op="sum")
+    return total / copies
+
+
+def max_over_ranks(trainer: Any, maxima: Tensor) -> Tensor:
+    """The elementwise maxima over all ranks. A rank without a step calls it all the same: the others wait for it."""
+    largest: Tensor = trainer.strategy.all_reduce(maxima.clone(), op="max")
+    return largest
 
 
 EQUAL_REWARDS = "kl/equal_rewards"

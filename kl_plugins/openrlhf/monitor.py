@@ -15,7 +15,7 @@ from torch import Tensor
 from kl_plugins.core.monitor import MAXIMA, coefficient, merged, monitor_metrics, monitor_sums, nothing_seen
 from kl_plugins.errors import PatchError
 from kl_plugins.integration.tokenizers import token_classes
-from kl_plugins.openrlhf.hostdata import left_out_of, over_ranks, seeing, token_ids
+from kl_plugins.openrlhf.hostdata import left_out_of, max_over_ranks, seeing, sum_over_ranks, token_ids
 from kl_plugins.openrlhf.plan import Plan, plan_of
 
 
@@ -60,7 +60,8 @@ def metrics_of(trainer: Any) -> dict[str, float]:
     """The numbers over all steps of a `ppo_train` and all ranks; none if no rank took a step."""
     mine = trainer.kl_plugins_monitored
     mine = nothing_seen("cpu") if mine is None else mine
-    return monitor_metrics(torch.cat(over_ranks(trainer, mine[: -len(MAXIMA)], mine[-len(MAXIMA) :])))
+    sums, maxima = mine[: -len(MAXIMA)], mine[-len(MAXIMA) :]
+    return monitor_metrics(torch.cat([sum_over_ranks(trainer, sums), max_over_ranks(trainer, maxima)]))
 
 
 def _sums_of(trainer: Any, experience: Any, logp: Tensor, coefficient: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kl_plugins.core.advantages import refresh_advantages, token_penalty
-from kl_plugins.core.metrics import WEIGHT_METRICS, kl_metrics, kl_sums, next_beta
+from kl_plugins.core.metrics import next_beta
 from kl_plugins.core.registry import distribution_problems, get_loss
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.core.terms import KLTerms, kl_terms, require_policy_scores
@@ -29,7 +29,7 @@ from kl_plugins.patching import load_patches
 from kl_plugins.patching.rewrite import HOST, Edit, edited
 from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl.config import KLConfigMixin, TrainerPair, check_trl
-from kl_plugins.trl.controller import BetaCallback
+from kl_plugins.trl.controller import BetaCallback, recorder_of
 
 try:
     from trl.experimental import ppo as host
@@ -224,11 +224,9 @@ class KLInPPO:
         """What is to be done once TRL has made the trainer."""
         spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
         self.kl_spec: Any = spec_of() if spec_of else None  # KLSpec or None
-        self._kl_sums: Tensor | None = None  # since the last log
-        self._kl_weight_max: Tensor | None = None
+        self._kl_recorder = recorder_of(self.accelerator)
         self._kl_scale: Tensor | None = None
         self._kl_moved = False  # whether the policy was updated since the rollout
-        self._kl_since_update: Tensor | None = None
         if self.kl_spec is not None:
             self.kl_beta = float(self.args.kl_coef)
             self.kl_controller = self.args.controller(self.kl_beta)
@@ -285,7 +283,7 @@ class KLInPPO:
         if not self.args.kl_in_reward:
             return advantages
         now = self.compute_kl_terms(logp, old_logp, ref_logp, mask)
-        self._count_kl(now)
+        self._kl_recorder.add(now, self.kl_beta)
         if not self._kl_moved:  # the policy is that of the rollout: nothing but rounding has changed
             self._kl_moved = self.accelerator.sync_gradients  # of this micro-batch comes an update
             return advantages
@@ -306,17 +304,8 @@ class KLInPPO:
             return torch.zeros_like(logp.detach())
         masks = self._kl_left_out.masks(token_ids, mask)
         terms = self.compute_kl_terms(logp, old_logp, ref_logp, mask, **masks)
-        self._count_kl(terms)
+        self._kl_recorder.add(terms, self.kl_beta)
         return self.kl_beta * terms.loss
-
-    def _count_kl(self, terms: KLTerms) -> None:
-        """Add a micro-batch to what the next log reports."""
-        sums, largest = kl_sums(terms, beta=self.kl_beta), terms.weight.max()
-        if self.args.kl_controller != "fixed":
-            self._kl_since_update = sums if self._kl_since_update is None else sums + self._kl_since_update
-        if self._kl_sums is not None and self._kl_weight_max is not None:
-            sums, largest = sums + self._kl_sums, torch.maximum(largest, self._kl_weight_max)
-        self._kl_sums, self._kl_weight_max = sums, largest
 
     def set_beta(self, beta: float) -> None:
         """Use another coefficient from the next rollout on."""
@@ -324,24 +313,21 @@ class KLInPPO:
 
     def control_beta(self) -> None:
         """One update of the controller, on the tokens of all processes' updates of this rollout."""
-        if self._kl_since_update is not None:
-            sums = self.accelerator.reduce(self._kl_since_update, reduction="sum")
-            self._kl_since_update = None
+        sums = self._kl_recorder.since_update()
+        if sums is not None:
             self.set_beta(next_beta(self.kl_controller, sums))
 
     def kl_metrics(self) -> dict[str, float]:
         """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
-        if self._kl_sums is None or self._kl_weight_max is None:
+        if self.kl_spec is None:
             return {}
-        sums = self.accelerator.reduce(self._kl_sums, reduction="sum")
-        largest = self.accelerator.gather(self._kl_weight_max).max()
-        self._kl_sums = self._kl_weight_max = None
-        metrics = kl_metrics(sums, weight_max=largest, beta=self.kl_beta, leaves_out=self.args.leaves_out())
-        if not self.args.kl_in_reward or self._kl_scale is None:
-            return metrics
-        metrics = {name: value for name, value in metrics.items() if name not in WEIGHT_METRICS}
-        scale = self.accelerator.gather(self._kl_scale).mean()
-        return metrics | {"kl/advantage_scale": scale.item()}
+        in_reward = self.args.kl_in_reward
+        metrics = self._kl_recorder.metrics(
+            beta=self.kl_beta, own_weights=not in_reward, leaves_out=self.args.leaves_out()
+        )
+        if metrics and in_reward and self._kl_scale is not None:
+            metrics["kl/advantage_scale"] = self.accelerator.gather(self._kl_scale).mean().item()
+        return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's, after the `kl/*` numbers have joined its metrics."""

@@ -14,12 +14,12 @@ from transformers.utils import logging
 
 from kl_plugins.core.exact import ExactKL
 from kl_plugins.core.fused_linear_kl import LMHead
-from kl_plugins.core.metrics import WEIGHT_METRICS, kl_metrics, kl_sums, next_beta
+from kl_plugins.core.metrics import next_beta
 from kl_plugins.core.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.integration.leave_out import equal_reward_rows, resolve_leave_out
 from kl_plugins.integration.sampling import model_generation_problems
-from kl_plugins.trl.controller import BetaCallback, say_dropped_controller
+from kl_plugins.trl.controller import BetaCallback, recorder_of, say_dropped_controller
 from kl_plugins.trl.exact import Reference, Scored, distribution_problems, exact_kl_of, recorded
 from kl_plugins.trl.host_beta import guarded_beta
 from kl_plugins.trl.reference import (
@@ -42,7 +42,6 @@ class KLTrainer:
     _on_logps: Callable[[Tensor], None] | None = None
     _kl_rewards: Tensor | None = None  # of the rollout at hand, all processes'
     kl_reference: MovingReference | None = None
-    _kl_made = 0  # terms, in training steps
     _exact = False  # whether the KL is summed over the vocabulary
     _scored: tuple[Scored, ...] = ()  # the host's latest scoring passes, if it is
     _reference_head: LMHead | None = None
@@ -59,8 +58,7 @@ class KLTrainer:
 
     def start_kl(self) -> None:
         """What is to be done once TRL has made the trainer."""
-        self._kl_sums: dict[str, Tensor] = {}  # mode -> sums since the last log
-        self._kl_weight_max: dict[str, Tensor] = {}
+        self._kl_recorders = {mode: recorder_of(self.accelerator) for mode in ("train", "eval")}
         spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
         self.kl_spec: Any = spec_of() if spec_of else None  # KLSpec or None
         if self.use_vllm:
@@ -69,7 +67,6 @@ class KLTrainer:
             self.set_beta(float(self.args.beta))
             self.kl_controller = self.args.controller(float(self.args.beta))
             start_reference(self, self._kl_adapters)
-            self._kl_since_update: Tensor | None = None
             if self.args.kl_controller != "fixed":
                 self.add_callback(BetaCallback(self, self.kl_controller))
             self._kl_left_out = resolve_leave_out(
@@ -118,9 +115,10 @@ class KLTrainer:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's. `PatchError`, before the optimizer's step, if none of our terms was in the loss."""
-        made = self._kl_made
+        recorder = self._kl_recorders["train"]
+        before = recorder.added
         loss = super().training_step(*args, **kwargs)
-        if self.kl_spec is not None and self.beta != 0 and self._kl_made == made:
+        if self.kl_spec is not None and self.beta != 0 and recorder.added == before:
             raise PatchError(
                 f"kl={self.kl_spec.name!r} was asked for, but the loss of {type(self).__name__} was computed without "
                 "it: a subclass must call the compute_loss and _compute_loss of kl_plugins.trl"
@@ -275,13 +273,7 @@ class KLTrainer:
 
     def _log_kl(self, terms: KLTerms) -> None:
         """Add a micro-batch to what the next log reports."""
-        self._kl_made += 1
-        mode, sums, weight_max = self._mode(), kl_sums(terms, beta=float(self.beta)), terms.weight.max()
-        if mode == "train" and self.args.kl_controller != "fixed":
-            self._kl_since_update = sums if self._kl_since_update is None else sums + self._kl_since_update
-        if mode in self._kl_sums:
-            sums, weight_max = sums + self._kl_sums[mode], torch.maximum(weight_max, self._kl_weight_max[mode])
-        self._kl_sums[mode], self._kl_weight_max[mode] = sums, weight_max
+        self._kl_recorders[self._mode()].add(terms, float(self.beta))
 
     def set_beta(self, beta: float) -> None:
         """Use another coefficient from the next micro-batch on."""
@@ -289,22 +281,19 @@ class KLTrainer:
 
     def control_beta(self) -> None:
         """One update of the controller, on the training tokens of all processes since the last one."""
-        if self._kl_since_update is not None:
-            sums = self.accelerator.reduce(self._kl_since_update, reduction="sum")
-            self._kl_since_update = None
+        sums = self._kl_recorders["train"].since_update()
+        if sums is not None:
             self.set_beta(next_beta(self.kl_controller, sums))
 
     def kl_metrics(self) -> dict[str, float]:
         """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
-        mode = self._mode()
-        if mode not in self._kl_sums:
+        if self.kl_spec is None:
             return {}
-        sums = self.accelerator.reduce(self._kl_sums.pop(mode), reduction="sum")
-        weight_max = self.accelerator.gather(self._kl_weight_max.pop(mode)).max()
-        metrics = kl_metrics(sums, weight_max=weight_max, beta=float(self.beta), leaves_out=self.args.leaves_out())
-        if self.kl_spec.clip == "combined":  # TRL's own ratio and clip apply, and are logged by TRL
-            return {name: value for name, value in metrics.items() if name not in WEIGHT_METRICS}
-        return metrics
+        return self._kl_recorders[self._mode()].metrics(
+            beta=float(self.beta),
+            own_weights=self.kl_spec.clip != "combined",  # else TRL's own ratio and clip apply, and are logged by TRL
+            leaves_out=self.args.leaves_out(),
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's, after the `kl/*` numbers have joined its metrics."""

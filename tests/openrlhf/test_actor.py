@@ -20,7 +20,7 @@ from tiny_openrlhf import (
 
 from kl_plugins import KLSpec, PatchError
 from kl_plugins.core.metrics import SUMS
-from kl_plugins.openrlhf.actor import ppo_train
+from kl_plugins.openrlhf.actor import KL_SUMS, ppo_train
 from kl_plugins.patching import Patching, check, load_patches
 
 IN_LOSS = [
@@ -147,9 +147,21 @@ def test_numbers_are_summed_over_ranks_but_not_over_copies_of_the_same_rows(
 def test_a_rank_without_a_step_takes_part_in_the_reductions(make_actor, planned):
     trainer = make_actor(planned(kl="k2_as_loss"))
     asked = []
-    trainer.strategy.all_reduce = lambda data, op="mean": asked.append(op) or data
-    assert ppo_train(lambda trainer, kl_ctl: {"actor_lr": 1.0})(trainer, 0.1) == {"actor_lr": 1.0}
-    assert asked == ["sum", "max"]
+
+    def of_two_ranks(data, op="mean"):
+        asked.append(op)
+        return data + theirs
+
+    trainer.strategy.all_reduce = of_two_ranks
+    idle = ppo_train(lambda trainer, kl_ctl: {"actor_lr": 1.0})
+    theirs = 0.0
+    assert idle(trainer, 0.1) == {"actor_lr": 1.0}
+    assert asked == ["sum", "sum"]
+    theirs = 2.0
+    asked.clear()
+    status = idle(trainer, 0.1)
+    assert asked == ["sum", "max", "sum"]
+    assert (status["kl/dropped"], status["kl/weight_max"], status[KL_SUMS].tolist()) == (2, 2, [2.0] * len(SUMS))
 
 
 def test_an_unplanned_step_or_one_that_never_asks_for_a_kl_is_refused(make_actor, planned, hooked):
@@ -183,7 +195,7 @@ def test_nonfinite_scores_stop_or_are_dropped(make_actor, planned, hooked):
     args = planned(kl="k2_as_loss", kl_nonfinite="drop")
     trainer.args = args
     assert step(trainer, batch)[1].isfinite().all()
-    assert trainer.kl_plugins_sums[0][SUMS.index("dropped")] == 1
+    assert trainer.kl_plugins_recorder.since_update()[SUMS.index("dropped")] == 1
 
 
 def bound(target):
@@ -209,5 +221,5 @@ def test_after_a_hooked_step_everything_is_the_hosts_again(make_actor, planned):
     assert calls["ActorPPOTrainer.training_step"] == 1
     assert all(bound(target) is own for target, own in zip(replaced, before, strict=True))
     assert trainer.actor_loss_fn is loss_fn
-    assert set(vars(trainer)) - attributes <= {"kl_plugins_sums"}
+    assert set(vars(trainer)) - attributes <= {"kl_plugins_recorder"}
     check(patches)

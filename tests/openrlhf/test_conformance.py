@@ -9,6 +9,7 @@ import torch
 from tiny_openrlhf import FLAGS, experience, parse
 
 from kl_plugins.conformance import Subject, learn, problems
+from kl_plugins.openrlhf.actor import recorder_of
 
 BETA = 0.1
 CONFIGURATIONS = [
@@ -46,7 +47,7 @@ def subject_of(trainer, args):
             base_action_log_probs=scored.ref_logp,
         )
         batch.rollout_log_probs = scored.engine_logp
-        trainer.kl_plugins_sums = None
+        trainer.kl_plugins_recorder = recorder_of(trainer)
         info = {"dp_size": 1, "batch_num_tokens": rows, "global_batch_size": 1.0}  # a constant instead of the tokens
         with torch.enable_grad():
             trainer.training_step(batch, BETA, 0, info)

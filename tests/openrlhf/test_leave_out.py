@@ -9,7 +9,7 @@ from tiny_openrlhf import experience, experience_maker, gradients, made_up, step
 from kl_plugins import ConfigError, PatchError, kl_terms
 from kl_plugins.core.metrics import SUMS
 from kl_plugins.integration.leave_out import LeaveOut
-from kl_plugins.openrlhf.actor import _metrics
+from kl_plugins.openrlhf.actor import _metrics, recorder_of
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_step_leaves_tokens_out(make_actor, leaving_out, hooked, options):
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
     for name in masks:  # twins
         assert (found - wanted(**{name: masks[name]})).norm() > 0.01 * found.norm()
-    sums = dict(zip(SUMS, trainer.kl_plugins_sums[0].tolist(), strict=True))
+    sums = dict(zip(SUMS, trainer.kl_plugins_recorder.since_update().tolist(), strict=True))
     left = (masks["left_out_tokens"] | masks["left_out_positions"]) & mask.bool()
     assert sums["left_out"] == left.sum() > 0  # of the last step
 
@@ -103,10 +103,10 @@ def test_the_step_leaves_those_groups_out(make_actor, leaving_out, hooked):
     batch.advantages = torch.zeros_like(batch.advantages)
     batch.info = {"kl/equal_rewards": list(torch.ones(8))}
     assert step(trainer, batch)[1].abs().max() == 0
-    trainer.kl_plugins_sums = None
+    trainer.kl_plugins_recorder = recorder_of(trainer)
     batch.info = {"kl/equal_rewards": list(torch.zeros(8))}
     assert step(trainer, batch)[1].abs().max() > 0
-    assert _metrics(trainer, 0.1)["kl/left_out"] == 0
+    assert _metrics(trainer, args.kl_plugins, 0.1)["kl/left_out"] == 0
     batch.info = {}
     with pytest.raises(PatchError, match="came without kl/equal_rewards"):
         step(trainer, batch)

@@ -21,6 +21,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import torch
 
 from kl_plugins import kl_terms
+from kl_plugins.openrlhf.actor import recorder_of
 
 torch.set_num_threads(1)
 
@@ -161,7 +162,7 @@ def step(trainer, batch, *, beta=0.1, tokens=None) -> tuple[dict, torch.Tensor]:
     info = None
     if tokens is not None:
         info = {"dp_size": 1, "batch_num_tokens": tokens, "global_batch_size": 1.0}
-    trainer.kl_plugins_sums = None
+    trainer.kl_plugins_recorder = recorder_of(trainer)
     status = trainer.training_step(batch, beta, 0, info)
     return status, gradients(trainer)
 

@@ -75,7 +75,8 @@ def test_an_evaluation_does_not_move_it(make_trainer, prompts):
         GRPOTrainer, kl="k2_as_loss", eval_dataset=prompts.select(range(4)), per_device_eval_batch_size=4, **PI
     )
     trainer.evaluate()
-    assert trainer._kl_since_update is None
+    assert trainer._kl_recorders["train"].since_update() is None
+    assert trainer._kl_recorders["eval"].since_update() is not None
     assert (trainer.kl_controller.beta, float(trainer.beta)) == (BETA, BETA)
 
 
