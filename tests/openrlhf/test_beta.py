@@ -103,7 +103,7 @@ def test_the_sums_are_those_of_the_actors_steps(make_actor, planned, hooked):
     trainer = make_actor(args)
     batch, logp = made_up(args, trainer)
     step(trainer, batch)
-    found = actor._metrics(trainer, 0.1)[actor.KL_SUMS]
+    found = trainer.kl_plugins_recorder.since_update()
     mask = batch.action_mask.bool()
     u = (logp - batch.base_action_log_probs)[mask].sum()
     total = dict(zip(SUMS, found.tolist(), strict=True))
