@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python
 
-.PHONY: help setup quickstart quickstart-openrlhf ppo compare scoreboard benchmark test test-all matrix lint format wheel lock clean
+.PHONY: help setup quickstart quickstart-openrlhf ppo compare scoreboard benchmark test test-all matrix lint format docs wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 28
@@ -68,11 +68,14 @@ format: setup  ## let ruff rewrite what it can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+docs: setup  ## build the documents as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet $(ARGS)
+
 wheel: setup  ## build dist/*.whl and dist/*.tar.gz, without the network
 	$(RUN) -m build --no-isolation $(ARGS)
 
 clean:  ## remove .venv and everything that was built or cached
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find kl_plugins recipes tests -name __pycache__ -prune -exec rm -rf {} +
 
 # pyproject.toml may change the entry points, so the project is reinstalled (two seconds).
