@@ -112,7 +112,7 @@ def merged(parts: Tensor) -> Tensor:
 
 
 def monitor_metrics(sums: Tensor) -> dict[str, float]:
-    """The numbers under their logged names (README, "Watching any trainer"); one device sync.
+    """The numbers under their logged names (docs/monitoring.md); one device sync.
 
     A number that the data doesn't determine (no token in that bin, one completion for a standard error) is left out.
     """

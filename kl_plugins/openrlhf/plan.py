@@ -38,7 +38,7 @@ class OpenRLHFOptions(KLOptions):
         "auto", "leave_one_out, none, or auto: leave_one_out for the in-reward configurations of group estimators."
     )
     kl_monitor: bool = option(
-        False, "Log what the KL does (README, `Watching any trainer`): that of --kl or, without it, OpenRLHF's own."
+        False, "Log what the KL does (docs/monitoring.md): that of --kl or, without it, OpenRLHF's own."
     )
 
     def __post_init__(self) -> None:
@@ -198,7 +198,7 @@ def plan_of(args: Any) -> RunPlan:
     if plan is None:
         raise PatchError(
             "this process was hooked by kl_plugins, but the run's arguments hold no KL configuration: start OpenRLHF "
-            "with `kl-plugins openrlhf`, or set RAY_RUNTIME_ENV_HOOK in the driver's environment as the README shows"
+            "with `kl-plugins openrlhf`, or set RAY_RUNTIME_ENV_HOOK in the driver's environment: docs/openrlhf.md"
         )
     if plan.version != __version__:
         raise PatchError(

@@ -47,7 +47,7 @@ _LOGGED_BY_OURS = ("kl/k1", "kl/k2", "kl/k3")
 class KLMonitorCallback(TrainerCallback):
     """`callbacks=[KLMonitorCallback()]` for TRL's GRPO, RLOO and GMPO trainers and those of `kl_plugins.trl`.
 
-    At every log its `kl/*` numbers (README, "Watching any trainer") are among the trainer's own metrics, over
+    At every log its `kl/*` numbers (docs/monitoring.md) are among the trainer's own metrics, over
     everything since the last log and all processes; in evaluation with TRL's `eval_` in front. Training is the same,
     bit for bit. At default settings there is no further forward or backward pass through the model, and one device
     sync and one collective a log, so all processes have to log (as `Trainer` does).

@@ -157,7 +157,7 @@ def test_expected_gradient_with_a_token_left_out(make_trainer, others, cls, word
 
 
 def test_a_reduction_by_length_is_biased_whatever_the_kl(make_trainer, others):
-    """README, Limits: loss_type grpo divides each completion's term by its length, which depends on what was drawn."""
+    """docs/limits.md: loss_type grpo divides each completion's term by its length, which depends on what was drawn."""
     trainer = make_trainer(GRPOTrainer, kl="k2_as_loss", kl_weight_clip=[0.0, 1e6], loss_type="grpo")
     trainer.model.double()
     wanted = true_gradient(trainer, others, "local_reverse_kl")
