@@ -57,6 +57,7 @@ RINGS = {
         6,
         {
             "errors",
+            "_version",
             "core",
             "patching",
             "integration",
@@ -127,7 +128,7 @@ def test_the_table_itself_points_inward():
     [
         ("core/terms.py", "from kl_plugins.patching import check", "kl_plugins.patching.check"),
         ("core/spec.py", "import transformers", "transformers"),
-        ("integration/options.py", "from kl_plugins.cli.main import app", "kl_plugins.cli.main.app"),
+        ("integration/options.py", "from kl_plugins.cli.commands import app", "kl_plugins.cli.commands.app"),
         ("openrlhf/plan.py", "from kl_plugins.trl import config", "kl_plugins.trl.config"),
         ("report/page.py", "import_module('kl_plugins.core.terms')", "kl_plugins.core.terms"),
         ("explain/run.py", "import ray", "ray"),

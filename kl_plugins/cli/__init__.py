@@ -1,5 +1,5 @@
-"""The command line, one file a command: parse, call, print, exit code."""
+"""The command line, one file a command: parse, call, print, exit code. `commands` puts them together."""
 
-from kl_plugins.cli.main import app, main
+from kl_plugins.cli.commands import app, main
 
 __all__ = ["app", "main"]

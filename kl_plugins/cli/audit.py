@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
-from kl_plugins.errors import ConfigError
+from kl_plugins.cli.errors import user_errors
+from kl_plugins.cli.layout import paragraph, print_table, unwrapped, word_table
 
 INTERRUPTED = 130
 
@@ -47,10 +46,11 @@ def audit(
     hosts: Annotated[bool, typer.Option(help="Run the KL terms of TRL, OpenRLHF and verl, too.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for audit.html and audit.json.")] = Path("audit"),
 ) -> None:
-    """Bias and variance of every KL term's gradient, on your own model, reference and prompts.
+    """Measure the KL gradients' bias and variance on your models.
 
-    Every configuration of kl_plugins and what the installed hosts do themselves, against the gradients of the KL of
-    whole completions and of the next-token KLs. Ctrl-C leaves a report on the prompts that are done (exit code 130).
+    That is on your own policy, reference and prompts: of every configuration of kl_plugins, and of what the
+    installed hosts do themselves, against the gradients of the KL of whole completions and of the next-token KLs.
+    Ctrl-C leaves a report on the prompts that are done (exit code 130).
     """
     options = dict(locals())
     del options["out"]
@@ -59,25 +59,22 @@ def audit(
 
     console = Console(stderr=True)
     bar = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    try:
+    with user_errors(ValueError), Progress(TextColumn("{task.description}"), *bar, console=console) as progress:
         asked = AuditOptions(**{name: value for name, value in options.items() if value is not None})
-        with Progress(TextColumn("{task.description}"), *bar, console=console) as progress:
-            task = progress.add_task("Prompts", total=None)
+        task = progress.add_task("Prompts", total=None)
+        try:
             result = run_audit(
                 asked,
-                say=lambda text: console.print(text, highlight=False),
+                say=lambda text: unwrapped(console, text),
                 done=lambda count, total: progress.update(task, completed=count, total=total),
             )
-    except (ConfigError, ValueError) as error:
-        console.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        console.print("Interrupted before a prompt was done: there is nothing to report.")
-        raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt:
+            console.print("Interrupted before a prompt was done: there is nothing to report.")
+            raise typer.Exit(INTERRUPTED) from None
     written = write_report(result, out)
     _show(Console(), result)
     for path in written:
-        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        unwrapped(console, f"wrote {path}")
     if result["status"] != "complete":
         raise typer.Exit(INTERRUPTED)
 
@@ -86,16 +83,21 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     """The summary in the terminal."""
     from kl_plugins.audit.pages import size
 
-    said = {None: "?", True: "[red]no[/red]", False: "[green]yes[/green]"}
-    table = Table(title="KL gradients: distance to the target, relative to its norm", title_justify="left", box=SIMPLE)
-    for column in ("term", "declared", "found", "whole KL", "next-token KLs", "dead"):
-        word = column in ("term", "declared", "found")
-        table.add_column(column, justify="left" if word else "right", no_wrap=word)
+    said = {None: Text("?"), True: Text("no", style="red"), False: Text("yes", style="green")}
+    table = word_table("term", "declared", "found", "whole", "local", "dead")
+    for column in table.columns[3:]:
+        column.justify = "right"
     for row in result["rows"]:
         own = row["own_name"]
         sizes = (size(row["against"][of]["bias"]) for of in ("reverse_kl", "local_reverse_kl"))
-        found = said[own["seen"]] if own else ""
-        table.add_row(row["label"], row["gradient_of"] or "a KL", found, *sizes, f"{row['dead']:.1%}")
-    console.print(table)
+        words = [Text(row["label"]), Text(row["gradient_of"] or "a KL")]
+        table.add_row(*words, said[own["seen"]] if own else "", *sizes, f"{row['dead']:.1%}")
+    paragraph(
+        console,
+        "The gradient of each KL term: its distance from that of the KL of whole completions (whole) and from that of "
+        "the next-token KLs (local), relative to their norm; whether it is the declared one (found); the share of "
+        "tokens whose coefficient is exactly 0 (dead).",
+    )
+    print_table(console, table)
     for line in (*result["notices"], *result["left_out"]):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        paragraph(console, line)

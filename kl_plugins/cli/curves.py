@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
+from kl_plugins.cli.errors import user_errors
+from kl_plugins.cli.layout import paragraph, unwrapped
 from kl_plugins.errors import ConfigError
 
 
@@ -17,28 +18,29 @@ def curves(
     data: Annotated[Path | None, typer.Option(help="The numbers, too: json or csv.")] = None,
     dark: Annotated[bool, typer.Option("--dark", help="For a dark page.")] = False,
 ) -> None:
-    """Draw what each KL term multiplies the score grad log policy with, against the log-ratio.
+    """Draw each KL term's coefficient against the log-ratio.
 
-    Ours and the hosts' own: where their gradient dies (value clamps), and where float32 loses it.
+    That is what the score grad log policy is multiplied with. Ours and the hosts' own: where their gradient dies
+    (value clamps), and where float32 loses it.
     """
     from kl_plugins.explain.curves import all_curves
     from kl_plugins.report.curves import plot, write
 
-    try:
+    with user_errors(OSError):
         _check_paths(out, data)
         found, left_out = all_curves()
         plot(found, out, dark=dark)
         if data is not None:
             write(found, data)
-    except (ConfigError, OSError) as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
-        raise typer.Exit(2) from error
     console = Console()
     for curve in found:
         zeros = "".join(f"; exactly 0 for u in [{low:.4g}, {high:.4g}]" for low, high in curve.zeros)
-        console.print(f"{curve.panel}: {curve.name} ({curve.how}){zeros}", markup=False, highlight=False)
-    for line in [*left_out, f"wrote {' and '.join(str(path) for path in (out, data) if path)}"]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        paragraph(console, f"{curve.panel}: {curve.name}", style="bold")
+        paragraph(console, curve.how + zeros, indent=2)
+    for line in left_out:
+        paragraph(console, line)
+    written = " and ".join(str(path) for path in (out, data) if path)
+    unwrapped(console, f"wrote {written}")
 
 
 def _check_paths(out: Path, data: Path | None) -> None:

@@ -6,16 +6,20 @@ import json
 import os
 import platform
 import sys
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from kl_plugins.cli.errors import user_errors
+from kl_plugins.cli.host_imports import import_problem, missing_modules
+from kl_plugins.cli.layout import definitions, paragraph
 from kl_plugins.core.registry import LOSSES, get_loss, third_party_names
-from kl_plugins.errors import PatchError
-from kl_plugins.openrlhf.driver import HOOK, OPTIONS, RAY_HOOK
-from kl_plugins.patching import ALLOW_UNTESTED, HostPatches, active, changes, check, load_patches, untested_allowed
+from kl_plugins.errors import ConfigError, PatchError, UnknownLossError
+from kl_plugins.openrlhf.driver import HOOK, OPTIONS, RAY_HOOK, options_from_words
+from kl_plugins.openrlhf.plan import check_options
+from kl_plugins.patching import ALLOW_UNTESTED, HostPatches, active, check, load_patches, untested_allowed
 from kl_plugins.patching.versions import installed_version
 
 TRL_PARTS = ("grpo", "rloo", "gmpo", "apply_grpo", "apply_rloo")
@@ -38,40 +42,46 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same for machines.")] = False,
 ) -> None:
-    """Which hosts are installed, which of their trainers can be given a KL term, which are, and why not.
+    """Say which trainers of which hosts can be given a KL term.
 
-    Without arguments it loads no host and goes by versions. Exit code 1 if something that was asked for, here or by
-    KL_PLUGINS_OPENRLHF, can't be hooked, or if a loss of another package can't be used.
+    And which have one now, and why others can't. Without arguments it loads no host and goes by versions. Exit code 1
+    if something that was asked for, here or by KL_PLUGINS_OPENRLHF, can't be hooked, or if a loss of another package
+    can't be used.
     """
     asked = asked or []
-    if unknown := sorted(set(asked) - set(TRAINERS)):
-        Console(stderr=True).print(f"[red]error:[/red] {', '.join(unknown)}: choose from {', '.join(TRAINERS)}")
-        raise typer.Exit(2)
-    found = diagnosis(asked)
+    with user_errors():
+        if unknown := sorted(set(asked) - set(TRAINERS)):
+            raise ConfigError(f"{', '.join(unknown)}: choose from {', '.join(TRAINERS)}")
+    with redirect_stdout(sys.stderr):  # what hosts print while they are imported
+        found = diagnosis(asked)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         _show(Console(), found)
-    wanted = [state for state in found["trainers"].values() if state["asked"]]
-    if any(state["why_not"] for state in wanted) or any(loss["error"] for loss in found["losses"].values()):
+    refused = [state["can_be_hooked"] is False for state in found["trainers"].values() if state["asked"]]
+    if any(refused) or any(loss["error"] for loss in found["losses"].values()):
         raise typer.Exit(1)
 
 
 def diagnosis(asked: list[str] | None = None) -> dict[str, Any]:
-    """What `doctor` shows, as plain data. Those `asked` for are checked in the host's code, which is imported."""
-    trainers = {}
+    """What `doctor` shows, as plain data. Those `asked` for are checked in the host's code, which is imported.
+
+    `can_be_hooked` of a trainer is None where only that import could tell; `why_not` says so.
+    """
+    asked, trainers = asked or [], {}
     for name, (use, host, parts) in TRAINERS.items():
         patches = load_patches(host, *parts)
-        why_not, (hooked, how) = _why_not(patches, deeply=name in (asked or [])), _hooked(name)
-        if name == "openrlhf" and os.environ.get(OPTIONS) and os.environ.get(RAY_HOOK) != HOOK:
-            unset = f"{OPTIONS} is set, but {RAY_HOOK}={HOOK} is not: nothing that is started from here is hooked"
-            why_not, hooked, how = why_not or unset, False, ""
+        can, why_not = _checked(patches) if name in asked else _by_version(patches)
+        hooked, how = _hooked(name)
+        if name == "openrlhf" and (problem := _environment_problem()):
+            can, why_not, hooked, how = False, why_not if can is False else problem, False, ""
         trainers[name] = {
             "use": use,
             "host": host,
             "tested": list(patches.tested),
-            "asked": name in (asked or []) or (name == "openrlhf" and bool(os.environ.get(OPTIONS))),
-            "can_be_hooked": not why_not,
+            "asked": name in asked or (name == "openrlhf" and bool(os.environ.get(OPTIONS))),
+            "checked": name in asked,
+            "can_be_hooked": can,
             "why_not": why_not,
             "hooked": hooked,
             "how": how,
@@ -84,18 +94,44 @@ def diagnosis(asked: list[str] | None = None) -> dict[str, Any]:
     }
 
 
-def _why_not(patches: HostPatches, *, deeply: bool) -> str:
-    version = installed_version(patches.host)
+def _by_version(patches: HostPatches) -> tuple[bool | None, str]:
+    """Whether the host can be hooked, as far as its version tells, and why not. Imports nothing."""
+    host = patches.host
+    version = installed_version(host)
     if not version:
-        return f"{patches.host} is not installed; tested: {', '.join(patches.tested)}"
-    if deeply:
-        try:
-            check(patches, allow_untested=untested_allowed())
-        except PatchError as error:
-            return str(error)
-    elif version not in patches.tested:
+        return False, f"{host} is not installed; tested: {', '.join(patches.tested)}"
+    if version not in patches.tested:
         opted = f", and {ALLOW_UNTESTED} is set: ask for it by name to check it" if untested_allowed() else ""
-        return f"{patches.host} {version} is not a tested version{opted}; tested: {', '.join(patches.tested)}"
+        return False, f"{host} {version} is not a tested version{opted}; tested: {', '.join(patches.tested)}"
+    if missing := missing_modules(host):
+        what = f"{' and '.join(missing)}, which {host} imports, {'is' if len(missing) == 1 else 'are'} not installed"
+        return None, f"not checked: {what}; `kl-plugins doctor {host}` tries the import"
+    return True, ""
+
+
+def _checked(patches: HostPatches) -> tuple[bool, str]:
+    """The same by importing the host and comparing the functions that are relied on."""
+    if not installed_version(patches.host):
+        return False, _by_version(patches)[1]
+    if problem := import_problem(patches):
+        return False, problem
+    try:
+        check(patches, allow_untested=untested_allowed())
+    except PatchError as error:
+        return False, str(error)
+    return True, ""
+
+
+def _environment_problem() -> str:
+    """Why the environment doesn't hook OpenRLHF although it is meant to; empty if it does, or isn't meant to."""
+    words = os.environ.get(OPTIONS, "")
+    if words and os.environ.get(RAY_HOOK) != HOOK:
+        return f"{OPTIONS} is set, but {RAY_HOOK}={HOOK} is not: nothing that is started from here is hooked"
+    try:
+        if words:
+            check_options(options_from_words(words))
+    except (ConfigError, UnknownLossError) as error:
+        return f"{OPTIONS}={words!r} is refused: {error}"
     return ""
 
 
@@ -125,48 +161,34 @@ def _loss_states() -> dict[str, dict[str, Any]]:
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
-    versions = "  ".join(f"{part} {version or '-'}" for part, version in found["installed"].items())
-    console.print(f"Python {found['python']}  {versions}", highlight=False)
-    table = Table(show_lines=True)
-    for column in ("", "how", "host, tested versions", "can be hooked", "hooked now"):
-        table.add_column(column, overflow="fold")
+    there = [f"{part} {version}" for part, version in found["installed"].items() if version]
+    absent = [part for part, version in found["installed"].items() if not version]
+    definitions(
+        console,
+        [
+            ("installed", ", ".join([f"Python {found['python']}", *there])),
+            *([("not installed", ", ".join(absent))] if absent else []),
+        ],
+    )
     for name, state in found["trainers"].items():
-        why_not = state["why_not"].partition("; tested: ")[0]  # those are in the column before
-        can = "[green]yes[/green]" if state["can_be_hooked"] else f"[red]no:[/red] {why_not}"
-        checked = " (checked in its code)" if state["asked"] and state["can_be_hooked"] else ""
-        table.add_row(
-            name,
-            state["use"],
-            f"{state['host']} {', '.join(state['tested'])}",
-            can + checked,
-            state["how"] or "no",
-        )
-    console.print(table)
-    console.print(
-        "The trainers of kl_plugins.trl are subclasses: they change nothing of TRL's own, and need no apply_to_trl."
+        console.print()
+        verdict, colour = _verdict(state)
+        paragraph(console, verdict, label=f"{name}:", style=colour)
+        rows = [("use it as", state["use"]), ("tested with", f"{state['host']} {', '.join(state['tested'])}")]
+        definitions(console, [*rows, ("hooked now", state["how"] or "no")], label_style="", indent=2)
+    console.print()
+    paragraph(
+        console,
+        "The trainers of kl_plugins.trl are subclasses: they change nothing of TRL's own, and need no apply_to_trl.",
     )
     for name, state in found["losses"].items():
         if state["error"]:
-            console.print(f"[red]KL loss {name} cannot be used:[/red] {state['error']}")
+            paragraph(console, state["error"], label=f"KL loss {name} cannot be used:", label_style="red")
 
 
-def patches(host: Annotated[str, typer.Argument(help="The name of a file in patches/.")] = "openrlhf") -> None:
-    """Compare what is replaced inside a host (patches/HOST.toml) with the version that is installed."""
-    try:
-        known = load_patches(host)
-        found = changes(known)
-    except PatchError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
-        raise typer.Exit(2) from error
-    title = f"{host} {installed_version(host) or '(not installed)'}; tested: {', '.join(known.tested)}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("target", overflow="fold")
-    table.add_column("state")
-    table.add_column("digest, signature or reason", overflow="fold")
-    for change in found:
-        state = f"[green]{change.state}[/green]" if change.state == "same" else f"[red]{change.state}[/red]"
-        detail = change.detail or change.digest + (f"\n{change.signature}" if change.state == "signature" else "")
-        table.add_row(change.target, state, detail)
-    Console().print(table)
-    if any(change.state != "same" for change in found):
-        raise typer.Exit(1)
+def _verdict(state: dict[str, Any]) -> tuple[str, str]:
+    """What is said of a trainer, and in which colour."""
+    if state["can_be_hooked"]:
+        return "can be hooked " + ("(checked in its code)" if state["checked"] else "(by its version)"), "green"
+    why_not = state["why_not"].partition("; tested: ")[0]  # those are listed below
+    return (why_not, "yellow") if state["can_be_hooked"] is None else (f"can't be hooked: {why_not}", "red")

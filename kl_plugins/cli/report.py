@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from kl_plugins.errors import ConfigError
+from kl_plugins.cli.errors import user_errors
+from kl_plugins.cli.layout import unwrapped
 
 
 def report(
@@ -25,19 +25,16 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
 ) -> None:
-    """Training runs side by side on one HTML page: reward, KL, weights and beta over the steps.
+    """Put training runs side by side on one HTML page.
 
-    Reads the metrics.jsonl that the recipes write, TensorBoard's event files (TRL's, OpenRLHF's), or the
-    trainer_state.json of a checkpoint; also of a run that still goes on or was interrupted.
+    Reward, KL, weights and beta over the steps. Reads the metrics.jsonl that the recipes write, TensorBoard's event
+    files (TRL's, OpenRLHF's), or the trainer_state.json of a checkpoint; also of a run that still goes on or was
+    interrupted.
     """
     from kl_plugins.report.page import write
     from kl_plugins.report.run_page import report_page
     from kl_plugins.report.runs import read_runs
 
-    console = Console(stderr=True)
-    try:
+    with user_errors(OSError):
         write(out, report_page(read_runs(runs or [], group or [])))
-    except (ConfigError, OSError) as error:
-        console.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
-        raise typer.Exit(2) from error
-    console.print(f"wrote {out}", highlight=False, markup=False, soft_wrap=True)
+    unwrapped(Console(stderr=True), f"wrote {out}")

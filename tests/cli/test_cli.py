@@ -1,8 +1,10 @@
-"""`kl-plugins explain` and `kl-plugins doctor`, as a user starts them."""
+"""`kl-plugins` as a user starts it: explaining a name, `doctor`, `openrlhf`, and what starting it loads."""
 
 from __future__ import annotations
 
 import json
+import pkgutil
+import runpy
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
@@ -13,11 +15,12 @@ from tiny_openrlhf import import_openrlhf
 from typer.testing import CliRunner
 
 import kl_plugins.patching.versions
-from kl_plugins import all_losses
-from kl_plugins.cli import app
+from kl_plugins import __version__, all_losses, cli
+from kl_plugins.cli import app, doctor, host_imports
 from kl_plugins.core import registry
 from kl_plugins.openrlhf import driver
-from kl_plugins.patching import ALLOW_UNTESTED, Patching, load_patches
+from kl_plugins.patching import ALLOW_UNTESTED, HostPatches, Patching, Target, load_patches
+from kl_plugins.patching.inspection import source_digest
 
 
 def invoke(*arguments, code=0):
@@ -31,7 +34,7 @@ def test_explain_says_every_declared_gradient_and_the_alternative(name):
     loss = all_losses()[name]
     said = invoke("explain", name)
     assert all(gradient in said and credit in said for credit, gradient in loss.gradient_of.items())
-    assert f"use instead: {loss.instead}" in said if loss.instead else "use instead" not in said
+    assert f"use instead: {loss.instead}" in " ".join(said.split()) if loss.instead else "use instead" not in said
     assert ("kl_allow_biased=True" in said) == bool({"zero", "biased"} & set(loss.gradient_of.values()))
 
 
@@ -45,6 +48,7 @@ def test_an_unknown_name_gets_the_closest_and_exit_code_2():
 
 
 def test_doctor(monkeypatch):
+    monkeypatch.setitem(host_imports.NEEDED, "openrlhf", {"json": "nothing"})
     found = json.loads(invoke("doctor", "--json"))
     trainers = found["trainers"]
     assert found["installed"]["trl"] in trainers["grpo"]["tested"]
@@ -64,6 +68,63 @@ def test_doctor(monkeypatch):
     monkeypatch.setattr(kl_plugins.patching.versions, "version", lambda host: "1.99.0")
     why_not = json.loads(invoke("doctor", "--json"))["trainers"]["rloo"]["why_not"]
     assert why_not.startswith("trl 1.99.0 is not a tested version; tested: 1.12.0")
+
+
+def test_doctor_does_not_say_yes_to_a_host_that_may_not_be_importable(monkeypatch):
+    monkeypatch.setitem(host_imports.NEEDED, "openrlhf", {"no_such_module": "install it"})
+    state = json.loads(invoke("doctor", "--json"))["trainers"]["openrlhf"]
+    assert (state["can_be_hooked"], state["checked"]) == (None, False)
+    says = "not checked: no_such_module, which openrlhf imports, is not installed; `kl-plugins doctor openrlhf` tries"
+    assert state["why_not"].startswith(says)
+    said = " ".join(invoke("doctor").split())
+    assert f"openrlhf: {says}" in said
+    assert "grpo: can be hooked (by its version)" in said
+    assert "openrlhf: can be hooked" not in said
+
+
+BROKEN = {
+    "needs.py": "import no_such_module.part",
+    "lazily.py": "try:\n    import no_such_module\nexcept ImportError as e:\n    raise OSError('see above') from e",
+    "gpu.py": "raise OSError('libcuda.so is missing')",
+    "whole.py": "def loss():\n    pass",
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("needs", "brokenhost can't be imported: it needs the module no_such_module, which isn't installed; "),
+        ("lazily", "brokenhost can't be imported: it needs the module no_such_module, which isn't installed; "),
+        ("gpu", "brokenhost can't be imported: OSError: libcuda.so is missing; make that import work"),
+        ("gone", "brokenhost 1 can't be hooked"),
+        ("whole", ""),
+    ],
+)
+def test_doctor_follows_a_failed_import_to_its_cause(monkeypatch, tmp_path, module, says):
+    (tmp_path / "brokenhost").mkdir()
+    for name, text in BROKEN.items():
+        (tmp_path / "brokenhost" / name).write_text(text + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "brokenhost", raising=False)
+    for place in (doctor, kl_plugins.patching.inspection):
+        monkeypatch.setattr(place, "installed_version", lambda host: "1")
+    whole = source_digest(runpy.run_path(str(tmp_path / "brokenhost/whole.py"))["loss"])
+    target = Target(
+        name=f"brokenhost.{module}:loss", role="check", signatures=("()",), reason="it is", digests={"1": whole}
+    )
+    can, why_not = doctor._checked(HostPatches(host="brokenhost", tested=("1",), targets=(target,)))
+    assert can == (module == "whole")
+    assert why_not.startswith(says)
+    assert bool(why_not) == (not can)
+
+
+def test_doctor_refuses_what_the_environment_asks_for(monkeypatch):
+    monkeypatch.setenv(driver.OPTIONS, "--kl k1_as_loss")
+    monkeypatch.setenv(driver.RAY_HOOK, driver.HOOK)
+    state = json.loads(invoke("doctor", "--json", code=1))["trainers"]["openrlhf"]
+    assert state["can_be_hooked"] is False
+    assert state["why_not"].startswith("KL_PLUGINS_OPENRLHF='--kl k1_as_loss' is refused: k1_as_loss was asked for")
+    assert not state["hooked"]
 
 
 def test_doctor_fails_if_what_was_asked_for_can_not_be_hooked(monkeypatch, tmp_path):
@@ -120,12 +181,54 @@ def test_doctor_shows_a_broken_third_party_loss_and_fails(monkeypatch):
     assert "No module named 'their_package'" in said
 
 
-def test_the_console_script_loads_no_torch_and_no_host():
-    probe = (
-        "import sys; sys.argv = ['kl-plugins', 'doctor', '--json']\n"
-        "from kl_plugins.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "print([name for name in ('torch', 'trl', 'vllm', 'ray', 'transformers') if name in sys.modules])"
-    )
-    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "[]"
+def test_the_entry_point_is_no_module_of_its_package():
+    """`kl_plugins.cli:main` would be whichever of the two was imported last."""
+    assert not {module.name for module in pkgutil.iter_modules(cli.__path__)} & set(cli.__all__)
+
+
+def test_the_version():
+    assert invoke("--version") == f"kl_plugins {__version__}\n"
+
+
+PROBE = """
+import sys
+from kl_plugins.cli import main
+
+def loaded():
+    return [name for name in NAMES if name in sys.modules]
+
+def call(*words):
+    sys.argv = ["kl-plugins", *words]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code or 0
+
+for words in CALLS:
+    print(call(*words), loaded(), *words, file=sys.stderr)
+import torch
+print(call(*CALLS[0]), loaded(), file=sys.stderr)
+"""
+
+
+def test_the_command_line_loads_no_torch_and_no_host(tmp_path):
+    file = tmp_path / "grpo.yaml"
+    file.write_text("kl: k2_as_loss\nbeta: 0.04\n")
+    calls = {
+        "--help": 0,
+        "doctor --json": 0,
+        "explain": 0,
+        "explain k2_as_loss": 0,
+        f"explain {file}": 0,
+        "explain --host openrlhf -- --kl k2_as_loss": 0,
+        "explain --host openrlhf -- --algo.kl.use_loss": 1,
+        "openrlhf --kl k1_as_loss": 2,
+        "audit --model a": 2,
+        f"report {tmp_path}": 2,
+    }
+    names = ("torch", "trl", "vllm", "ray", "transformers", "openrlhf", "deepspeed", "matplotlib")
+    program = f"NAMES, CALLS = {names}, {[call.split() for call in calls]}\n{PROBE}"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lines = [line for line in run.stderr.splitlines() if line[:1].isdigit()]
+    assert lines[:-1] == [f"{code} [] {words}" for words, code in calls.items()]
+    assert lines[-1] == "0 ['torch']"  # so that the check can fail
