@@ -17,7 +17,7 @@ from typing import Any
 from kl_plugins.errors import ConfigError, PatchError
 from kl_plugins.integration.flags import parse_flags
 from kl_plugins.openrlhf import worker
-from kl_plugins.openrlhf.plan import OpenRLHFOptions, Plan, RunPlan, plan_run
+from kl_plugins.openrlhf.plan import OpenRLHFOptions, Plan, RunPlan, check_options, plan_run
 from kl_plugins.patching import ALLOW_UNTESTED, check, load_patches, untested_allowed
 
 MODULE = "openrlhf.cli.train_ppo_ray"
@@ -35,12 +35,14 @@ _dry_run = False
 def launch(options: OpenRLHFOptions, flags: Sequence[str], *, dry_run: bool = False) -> None:
     """Run OpenRLHF's own `train_ppo_ray` with `flags` in this process, hooked.
 
-    Raises `ConfigError`, `UnknownLossError` or `PatchError` before Ray starts if something doesn't fit. `dry_run`
-    stops there in any case, after saying what would be done.
+    Raises `ConfigError`, `UnknownLossError` or `PatchError` before Ray starts if something doesn't fit; options that
+    can't be what was meant are refused before Ray and OpenRLHF are imported. `dry_run` stops there in any case, after
+    saying what would be done.
     """
     global _plan, _options, _dry_run
     if os.environ.get(OPTIONS):
         raise ConfigError(f"{OPTIONS} is set, and so are options of the launcher: keep one of the two")
+    check_options(options)
     _plan, _options, _dry_run = None, options, dry_run
     _set_hook()
     import ray
@@ -71,6 +73,7 @@ def launch(options: OpenRLHFOptions, flags: Sequence[str], *, dry_run: bool = Fa
 def prepare(options: OpenRLHFOptions, args: Any) -> RunPlan:
     """For scripts that call OpenRLHF's `train(args)` themselves: call this before. Raises as `launch` does."""
     global _plan
+    check_options(options)
     check(load_patches("openrlhf"), allow_untested=untested_allowed())
     _plan = plan_run(options, args)
     _set_hook()

@@ -118,6 +118,18 @@ def test_doctor_follows_a_failed_import_to_its_cause(monkeypatch, tmp_path, modu
     assert bool(why_not) == (not can)
 
 
+def test_openrlhf_refuses_a_configuration_before_it_imports_anything(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = invoke("openrlhf", "--kl", "k1_as_loss", "--", "--rollout.top_p", "0.9", code=2)
+    assert "k1_as_loss was asked for, but its expected gradient is zero" in said
+    assert "did you mean 'k2_as_loss'" in invoke("openrlhf", "--kl", "k2_as_los", code=2)
+    said = invoke("openrlhf", "--kl", "k2_as_loss", code=2)  # so that the order can be told
+    assert said == (
+        "error: openrlhf can't be imported: it needs the module ray, which isn't installed; "
+        "pip install 'kl_plugins[openrlhf]'\n"
+    )
+
+
 def test_doctor_refuses_what_the_environment_asks_for(monkeypatch):
     monkeypatch.setenv(driver.OPTIONS, "--kl k1_as_loss")
     monkeypatch.setenv(driver.RAY_HOOK, driver.HOOK)
