@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections import defaultdict
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+# Read when the libraries are imported, here and in every process that a test starts.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # these tensors are tiny: a second thread only waits for the first
 
 import pytest
 from matrix import COLUMNS, REFUSED
@@ -20,6 +23,12 @@ from kl_plugins.patching.versions import installed_version
 COVERS = "covers"
 # A suite that runs under another version of a host, within a test of this one, hands its rows over in this file.
 ROWS_FILE = "KL_PLUGINS_MATRIX_ROWS"
+
+
+def pytest_collection_finish():
+    """Trainers collect garbage at the end of each training: spare them the million objects that the imports made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -27,14 +27,6 @@ PRINCIPLED = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("name", "credit", "off_policy"), PRINCIPLED)
 def test_our_configurations_conform(name, credit, off_policy):
     weightless = name.startswith("exact") and (credit, off_policy) == ("token", "token")

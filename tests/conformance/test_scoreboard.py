@@ -22,14 +22,6 @@ from kl_plugins.patching.versions import installed_version
 from kl_plugins.scoreboard import command, frameworks, language_model, pages, worker
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def drawn():
     """Models that have hardly been trained, and few completions."""

@@ -29,15 +29,6 @@ def _sequences(drawn):
     return oracle.enumerate_sequences(3, 4, drawn)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These tensors are tiny: a second thread only waits for the first."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_case(name):
     """Logits of a policy, a reference, a behavior policy and the environment, over 3 tokens and 4 positions."""
     seed, strength, scale, drawn = CASES[name]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
@@ -44,7 +42,6 @@ ARGUMENTS = {
 def model(tmp_path_factory) -> str:
     from tiny_trl import make_model
 
-    gc.freeze()  # TRL collects garbage several times an update, which takes longer than the update here
     return make_model(tmp_path_factory.mktemp("policy"), seed=0, spread=10.0)
 
 

@@ -29,7 +29,7 @@ def start(model, tmp_path):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", str(RECIPE), *map(str, arguments)],
             cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths},
+            env=os.environ | {"PYTHONPATH": paths},
             capture_output=True,
             text=True,
             check=False,

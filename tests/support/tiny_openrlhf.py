@@ -23,8 +23,6 @@ import torch
 from kl_plugins import kl_terms
 from kl_plugins.openrlhf.actor import recorder_of
 
-torch.set_num_threads(1)
-
 
 def import_openrlhf():
     """OpenRLHF imports flash-attn, which needs CUDA; nothing here calls it."""

@@ -11,8 +11,6 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-
 
 def make_model(folder, *, seed: int, spread: float) -> str:
     """Save a 2-layer Llama over 16 characters. `spread` scales its logits, so that KLs are not all near 0."""

@@ -551,7 +551,7 @@ def run_script(name, *arguments, launcher=()):
     paths = os.pathsep.join([str(script.parent), *filter(None, sys.path)])
     run = subprocess.run(
         [sys.executable, *launcher, str(script), *map(str, arguments)],
-        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths),
+        env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=False,
