@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from kl_plugins.core.advantages import refresh_advantages
-from kl_plugins.core.terms import KLTerms, kl_terms, require_policy_scores
+from kl_plugins.core.checks import require_policy_scores
+from kl_plugins.core.terms import KLTerms, kl_terms
 from kl_plugins.errors import PatchError
 from kl_plugins.integration.recorder import Recorder
 from kl_plugins.openrlhf import worker

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kl_plugins.core.advantages import refresh_advantages, token_penalty
+from kl_plugins.core.checks import require_policy_scores
 from kl_plugins.core.metrics import next_beta
 from kl_plugins.core.registry import distribution_problems, get_loss
 from kl_plugins.core.spec import KLSpec
-from kl_plugins.core.terms import KLTerms, kl_terms, require_policy_scores
+from kl_plugins.core.terms import KLTerms, kl_terms
 from kl_plugins.errors import ConfigError, PatchError, refuse
 from kl_plugins.integration.leave_out import resolve_leave_out
 from kl_plugins.integration.options import LEAVE_OUT_OPTIONS

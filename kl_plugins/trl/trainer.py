@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from kl_plugins.core.checks import require_policy_scores
 from kl_plugins.core.exact import ExactKL
 from kl_plugins.core.fused_linear_kl import LMHead
 from kl_plugins.core.metrics import next_beta
-from kl_plugins.core.terms import KLTerms, kl_terms, leave_one_out_baseline, require_policy_scores
+from kl_plugins.core.terms import KLTerms, kl_terms, leave_one_out_baseline
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.integration.leave_out import equal_reward_rows, resolve_leave_out
 from kl_plugins.integration.sampling import model_generation_problems
