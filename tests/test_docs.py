@@ -273,5 +273,34 @@ def test_relative_links_lead_somewhere(page):
     assert [link for link in relative if not (page.parent / link.partition("#")[0]).exists()] == []
 
 
+def rows(page: str, header: str) -> list[list[str]]:
+    """The cells of a table, without backticks."""
+    lines = (ROOT / page).read_text().partition(header)[2].splitlines()[2:]
+    table = lines[: next(i for i, line in enumerate([*lines, ""]) if not line.startswith("|"))]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_table_of_configurations_is_the_registrys():
+    says = {"RKL": "reverse_kl", "local RKL": "local_reverse_kl", "local FKL": "local_forward_kl", "0": "zero"}
+    shown, defaults, refused = {}, {}, set()
+    for name, credit, _, gradient, verdict in rows("docs/configurations.md", "| `kl=` |"):
+        word = credit.removesuffix(" (default)")
+        shown[name, word] = says.get(gradient, "biased")
+        if word != credit or name not in defaults:
+            defaults[name] = word
+        refused |= {name} if verdict == "refused" else set()
+    losses = {name: registry.LOSSES[name] for name in registry.BUILT_IN}
+    assert shown == {(name, credit): of for name, loss in losses.items() for credit, of in loss.gradient_of.items()}
+    assert defaults == {name: loss.default_credit for name, loss in losses.items()}
+    assert refused == {name for (name, _), of in shown.items() if of in ("zero", "biased")}
+
+
+def test_every_option_is_in_the_tables():
+    tables = [("docs/configurations.md", "| option | default |"), ("docs/controllers.md", "| option | default |")]
+    named = {word for table in tables for row in rows(*table) for word in re.findall(r"kl\w*", row[0])}
+    gone = {"kl_top_k", "kl_tail"}
+    assert {f.name for f in dataclasses.fields(OpenRLHFOptions)} - named - gone == {"kl_monitor"}
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
