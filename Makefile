@@ -45,7 +45,7 @@ compare: setup  ## the KL configurations side by side
 	$(RUN) recipes/compare.py $(ARGS)
 
 scoreboard: setup  ## the KL gradients of eight frameworks side by side, by their own functions (into .cache)
-	$(RUN) -m kl_plugins.cli scoreboard --install --out recipes/scoreboard --readme docs/scoreboard.md $(ARGS)
+	$(RUN) recipes/scoreboard/scoreboard.py --install --out recipes/scoreboard --page docs/scoreboard.md $(ARGS)
 
 benchmark: setup  ## time and memory of a step, stock TRL against the plugin
 	$(RUN) recipes/benchmark.py $(ARGS)

@@ -195,7 +195,7 @@ def trl_flags() -> set[str]:
 
 def test_every_command_is_shown_in_the_readme():
     shown = {words[0] for where, words in COMMANDS if where.startswith("README.md")}
-    assert shown == set(typer.main.get_command(app).commands) - {"scoreboard"}
+    assert shown == set(typer.main.get_command(app).commands)
 
 
 def test_options_in_the_environment_are_real():

@@ -15,7 +15,6 @@ from kl_plugins.cli.openrlhf import FLAGS_AFTER_OURS, openrlhf
 from kl_plugins.cli.patches import patches
 from kl_plugins.cli.report import report
 from kl_plugins.cli.trl import FLAGS_OF_TRL, trl
-from kl_plugins.scoreboard.command import scoreboard
 
 # Plain help: rich's panels cut the names of options at 80 columns, and take a tenth of a second to load.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -42,7 +41,6 @@ app.command()(curves)
 app.command()(doctor)
 app.command()(report)
 app.command()(patches)
-app.command()(scoreboard)
 app.command(**FLAGS_AFTER_OURS)(openrlhf)
 app.command(**FLAGS_OF_TRL)(trl)
 

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kl_plugins.cli import app
 from kl_plugins.conformance import measure
 from kl_plugins.conformance.hosts import Term
 from kl_plugins.conformance.subject import from_function, from_spec
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.oracle import relative_error, second_moment
 from kl_plugins.patching.versions import installed_version
-from kl_plugins.scoreboard import command, frameworks, language_model, pages, worker
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "scoreboard"))  # as Python does for a script
+import frameworks
+import language_model
+import pages
+import scoreboard
+import worker
+
+app = typer.Typer()
+app.command()(scoreboard.main)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,7 @@ def found(rows):
         {"framework": name, "version": "1", "note": "", "rows": some, "seconds": {"import": 0.0, "measure": 1.0}}
         for name, some in (("kl_plugins", ours), ("Other", theirs))
     ]
-    return result | {"goals": command.goals(result)}
+    return result | {"goals": scoreboard.goals(result)}
 
 
 def test_every_configuration_of_ours_is_a_row(entries):
@@ -71,7 +82,7 @@ def test_whole_weights_leave_no_bias(entries, setting):
     for name, entry in entries.items():
         if entry.off_policy in ("prefix", "sequence"):
             bias = measure.bias(measure.expected_gradients(entry.subject, setting), setting)
-            assert bias.worst[entry.subject.claims] < command.GOALS["bias"], name
+            assert bias.worst[entry.subject.claims] < scoreboard.GOALS["bias"], name
 
 
 def test_the_squared_error_is_bias_and_variance_over_samples():
@@ -115,7 +126,7 @@ def test_twin_a_framework_that_wins_is_shown_as_such(found, rows):
     better = json.loads(json.dumps(theirs[0]))
     better["mse"]["on_policy"]["of_each"] = [1e-3 * x for x in ours[1]["mse"]["on_policy"]["of_each"]]
     others = [found["frameworks"][0], found["frameworks"][1] | {"rows": [better, theirs[1]]}]
-    goals = command.goals(found | {"frameworks": others})
+    goals = scoreboard.goals(found | {"frameworks": others})
     assert goals["mse"]["measured"]["value"] == pytest.approx(1000)
     assert "overall Other k2, clamped" in goals["mse"]["best_peer"]
 
@@ -155,40 +166,55 @@ def test_trl_by_its_own_functions():
     assert relative_error(mean, case.true("reverse_kl")) < 1e-6
 
 
-def test_the_picture_is_light_and_dark(found):
-    svg = pages.drawn(found)
-    root = ElementTree.fromstring(svg)
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert "prefers-color-scheme:dark" in svg
-    assert "#0102" not in svg
+def test_any_viewer_draws_the_picture(found, tmp_path):
+    """Outside a browser a colour that is a CSS variable comes out black."""
+    svg, png = pages.draw(found, tmp_path / "new" / "a.svg", tmp_path / "a.png")
+    assert ElementTree.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert "var(" not in svg.read_text()
+    assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_readmes_section_is_replaced_and_nothing_else(found, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{pages.BEGIN}\nwhat stood here\n{pages.END}\nafter\n")
-    written = pages.write_all(found, tmp_path / "out", readme=readme)
-    text = readme.read_text()
+def test_the_shipped_pictures_are_drawn_by_any_viewer():
+    pictures = sorted((Path(__file__).parents[2] / "recipes").rglob("*.svg"))
+    assert len(pictures) == 2
+    assert [path.name for path in pictures if "var(" in path.read_text()] == []
+
+
+def test_the_pages_section_is_replaced_and_nothing_else(found, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{pages.BEGIN}\nwhat stood here\n{pages.END}\nafter\n")
+    written = pages.write_all(found, tmp_path / "out", page=page)
+    text = page.read_text()
     assert text.startswith(f"before\n{pages.BEGIN}\n| KL term")
     assert text.endswith(f"{pages.END}\nafter\n")
     assert "what stood here" not in text
     assert json.loads((tmp_path / "out" / "scoreboard.json").read_text())["goals"]
-    assert {path.name for path in written} >= {"scoreboard.json", "scoreboard.md", "README.md"}
-    readme.write_text("nothing")
-    with pytest.raises(command.ConfigError, match="it must have a line"):
-        pages.write_all(found, tmp_path / "out", readme=readme)
+    names = {"scoreboard.json", "scoreboard.md", "scoreboard.svg", "scoreboard.png", "page.md"}
+    assert {path.name for path in written} == names
+    assert (tmp_path / "images" / "scoreboard.png").is_file()
+
+
+@pytest.mark.parametrize("text", ["nothing", f"{pages.END}\n{pages.BEGIN}\n", None])
+def test_a_page_without_markers_is_refused_before_anything_is_measured(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoreboard, "collect", pytest.fail)
+    if text is not None:
+        (tmp_path / "page.md").write_text(text)
+    done = CliRunner().invoke(app, ["--page", str(tmp_path / "page.md"), "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "it must have a line" in " ".join(done.output.split())
 
 
 @pytest.mark.skipif(installed_version("verl") is not None, reason="verl is installed here")
 def test_a_framework_that_is_missing_or_crashes_is_left_out_and_named(tmp_path):
-    said = command._measure("verl", tmp_path / "nowhere", "", tmp_path / "found.json")
+    said = scoreboard._measure("verl", tmp_path / "nowhere", "", tmp_path / "found.json")
     assert isinstance(said, str)
     assert "verl" in said
-    found = command.collect(tmp_path, install=False, only=["verl"], with_model=False, console=Console(quiet=True))
+    found = scoreboard.collect(tmp_path, install=False, only=["verl"], with_model=False, console=Console(quiet=True))
     assert [each["framework"] for each in found["frameworks"]] == ["kl_plugins"]
     assert "verl" in found["left_out"]
 
 
 def test_an_unknown_framework_is_refused(tmp_path):
-    done = CliRunner().invoke(app, ["scoreboard", "--only", "verll", "--out", str(tmp_path)])
+    done = CliRunner().invoke(app, ["--only", "verll", "--out", str(tmp_path)])
     assert done.exit_code == 2
     assert "choose from kl_plugins, TRL" in " ".join(done.output.split())

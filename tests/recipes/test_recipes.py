@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 pytestmark = pytest.mark.slow
 
 

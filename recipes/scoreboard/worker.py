@@ -1,4 +1,4 @@
-"""Measures one framework, in a process of its own: `python -m kl_plugins.scoreboard.worker NAME FOLDER LM OUT`.
+"""Measures one framework, in a process of its own: `python worker.py NAME FOLDER LM OUT`.
 
 Frameworks want different versions of the same packages, patch each other, and may crash; none of that is then anybody
 else's problem. What is found goes to OUT as JSON.
@@ -14,19 +14,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import language_model
 import torch
+from frameworks import framework, prepare
 
 from kl_plugins.conformance import measure
 from kl_plugins.conformance.hosts import Term, quiet
-from kl_plugins.scoreboard import language_model
-from kl_plugins.scoreboard.frameworks import framework, prepare
 
 SAMPLES = 64
 """Completions in the batch that mean squared errors are of."""
 
 
 def measured(entry: Term, drawn: dict[str, Any] | None) -> dict[str, Any]:
-    """Every number of one row."""
+    """Every number of one row: bias, squared error, range of log-ratios, masks, and what a language model adds."""
     subject = entry.subject
     biases = {s: measure.bias(measure.expected_gradients(subject, s), s) for s in measure.SETTINGS}
     errors = {
@@ -70,7 +70,7 @@ def run(name: str, folder: Path | None, drawn: dict[str, Any] | None) -> dict[st
 
 
 def main(name: str, folder: str, model: str, out: str) -> None:
-    """The process."""
+    """What the process does; an empty string for FOLDER or LM leaves that out."""
     torch.set_num_threads(1)
     drawn = language_model.load(Path(model)) if model else None
     found = run(name, Path(folder) if folder else None, drawn)

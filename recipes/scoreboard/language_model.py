@@ -208,12 +208,12 @@ def _head_gradients(logit_gradient: Tensor, hidden: Tensor) -> Tensor:
 
 
 def save(drawn: dict[str, Any], path: Path) -> None:
-    """For the processes that measure."""
+    """Write what `draw` found to `path`, where the processes that measure read it."""
     torch.save(drawn, path)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote."""
+    """Completions and gradients of each task, read back from the file that `save` wrote."""
     found: dict[str, Any] = torch.load(path, weights_only=False)
     return found
 

@@ -1,7 +1,7 @@
-"""The real functions of each framework as subjects of `kl_plugins.conformance`. Nothing is re-implemented.
+"""The frameworks of the scoreboard: their real functions as subjects of `kl_plugins.conformance`, and how to get them.
 
 A framework that is installed is imported as it is; others can be put, without their dependencies, into a folder each
-(`kl-plugins scoreboard --install`), together with the few packages that importing the function needs. Where the
+(`scoreboard.py --install`), together with the few packages that importing the function needs. Where the
 `__init__` of a package wants a GPU or another Python, it is left out and only the module with the function is run.
 """
 
@@ -284,7 +284,7 @@ NOT_INSTALLABLE = {
 
 
 def framework(name: str) -> Framework:
-    """The one of that name."""
+    """The framework of that name."""
     return next(each for each in FRAMEWORKS if each.name == name)
 
 

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kl_plugins.errors import ConfigError
-from kl_plugins.report.page import COLOURS, INK, can_draw, picture, write
-from kl_plugins.scoreboard.language_model import jackknife
+from kl_plugins.report.page import COLOURS, write
 
 BEGIN, END = "<!-- scoreboard -->", "<!-- end of the scoreboard -->"
 LEAST = 0.01
@@ -206,38 +204,63 @@ def markdown(found: dict[str, Any], *, short: bool = False) -> str:
     return "\n".join([*rows, "", *(f"{text}\n" for text in legend(found)), "Goals, as measured:", "", *goals, ""])
 
 
-def write_all(found: dict[str, Any], out: Path, *, readme: Path | None = None) -> list[Path]:
-    """scoreboard.json, scoreboard.md and, with matplotlib, scoreboard.svg; and the section of a README."""
-    text = markdown(found)
-    written = [write(out / "scoreboard.json", json.dumps(found, indent=1) + "\n"), write(out / "scoreboard.md", text)]
-    if can_draw():
-        written.append(write(out / "scoreboard.svg", drawn(found)))
-    if readme is not None:
-        page = readme.read_text()
-        if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-            raise ConfigError(
-                f"--readme {readme}: it must have a line {BEGIN!r} and after it a line {END!r}, once each"
-            )
-        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-        written.append(write(readme, f"{before}{BEGIN}\n{markdown(found, short=True)}{END}{after}"))
+def check_markers(page: Path) -> tuple[str, str]:
+    """What stands before and after the section of a page. Raises `ConfigError` unless both markers are there once."""
+    text = page.read_text() if page.is_file() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ConfigError(f"--page {page}: it must have a line {BEGIN!r} and after it a line {END!r}, once each")
+    return text.partition(BEGIN)[0], text.partition(END)[2]
+
+
+def write_all(found: dict[str, Any], out: Path, *, page: Path | None = None) -> list[Path]:
+    """scoreboard.json, .md, .svg and .png in the folder `out`.
+
+    With a `page` the PNG goes to the folder images beside it, and its section between the markers is replaced.
+    """
+    picture = (out if page is None else page.parent / "images") / "scoreboard.png"
+    written = [
+        write(out / "scoreboard.json", json.dumps(found, indent=1) + "\n"),
+        write(out / "scoreboard.md", markdown(found)),
+        *draw(found, out / "scoreboard.svg", picture),
+    ]
+    if page is not None:
+        before, after = check_markers(page)
+        written.append(write(page, f"{before}{BEGIN}\n{markdown(found, short=True)}{END}{after}"))
     return written
 
 
-def drawn(found: dict[str, Any]) -> str:
-    """The picture, an SVG that is light or dark as the page that it is on: bias and error of every term."""
+def draw(found: dict[str, Any], *files: Path) -> tuple[Path, ...]:
+    """The picture, bias and error of every term, as each of `files`; an SVG has plain colours and shapes only."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    ink = {name: light for name, (light, _) in COLOURS.items()}
     chosen = [line for line in lines(found) if not line.ours or _shown(line.row)]
     chosen.sort(key=lambda line: -_typical_mse(line.row))
-
-    def draw(axis: Any) -> None:
-        from matplotlib.ticker import FuncFormatter, NullLocator
-
+    style: Any = {
+        "font.size": 8.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": ink["frame"],
+        "axes.labelcolor": ink["soft"],
+        "text.color": ink["text"],
+        "xtick.color": ink["soft"],
+        "ytick.color": ink["soft"],
+        "grid.color": ink["grid"],
+        "legend.frameon": False,
+        "text.parse_math": False,  # a dollar in a name is a dollar
+        "svg.hashsalt": "scoreboard",
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(8.4, 1.2 + 0.21 * len(chosen)), layout="constrained")
+        axis = figure.add_subplot()
+        axis.set_axisbelow(True)
         for y, line in enumerate(chosen):
-            error, bias = _typical_mse(line.row), line.row["bias"]["stale"]["typical"]["reverse_kl"]
-            colour = INK["blue" if line.ours else "orange"]
-            axis.plot([max(bias, LEAST), error], [y, y], color=INK["grid"], linewidth=2, zorder=1)
-            axis.plot(
-                [max(bias, LEAST)], [y], marker="D", markersize=5, color=colour, fillstyle="none", linestyle="none"
-            )
+            error, bias = _typical_mse(line.row), max(line.row["bias"]["stale"]["typical"]["reverse_kl"], LEAST)
+            colour = ink["blue" if line.ours else "orange"]
+            axis.plot([bias, error], [y, y], color=ink["grid"], linewidth=2, zorder=1)
+            axis.plot([bias], [y], marker="D", markersize=5, color=colour, fillstyle="none", linestyle="none")
             axis.plot([error], [y], "o", markersize=6, color=colour)
         axis.set_yticks(range(len(chosen)), [_short(line) for line in chosen])
         axis.set_ylim(-0.7, len(chosen) - 0.3)
@@ -255,18 +278,12 @@ def drawn(found: dict[str, Any]) -> str:
             ("kl_plugins", "blue", "s", "full"),
             ("the frameworks' own functions", "orange", "s", "full"),
         ):
-            axis.plot([], [], marker=marker, linestyle="none", color=INK[colour], label=name, fillstyle=fill)
+            axis.plot([], [], marker=marker, linestyle="none", color=ink[colour], label=name, fillstyle=fill)
         axis.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=2, fontsize=8)
-
-    alt = "Bias and squared error of KL gradients: each framework's own function, and those of kl_plugins"
-    made = picture(draw, name="scoreboard", alt=alt, size=(8.4, 1.2 + 0.21 * len(chosen)))
-    root = ElementTree.fromstring(str(made.svg))
-    root.set("xmlns", "http://www.w3.org/2000/svg")
-    style = ElementTree.Element("style")
-    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
-    style.text = f":root{{{light}font-family:sans-serif}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
-    root.insert(0, style)
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return files
 
 
 def _shown(row: dict[str, Any]) -> bool:
@@ -279,4 +296,4 @@ def _short(line: Line) -> str:
     return first if len(line.names) == 1 else f"{first}, and {len(line.names) - 1} more"
 
 
-__all__ = ["BEGIN", "END", "drawn", "goal_lines", "jackknife", "lines", "markdown", "number", "show", "write_all"]
+__all__ = ["BEGIN", "END", "check_markers", "draw", "goal_lines", "lines", "markdown", "number", "show", "write_all"]

@@ -1,4 +1,18 @@
-"""`kl-plugins scoreboard`."""
+"""The KL gradients of eight frameworks, by their own functions, on the same work.
+
+What:      TRL, OpenRLHF, verl, SkyRL, Unsloth, ms-swift, tunix and kl_plugins: bias by exact enumeration, squared
+           error of a batch of 64, dead zones, float32, masks; the same on small language models, trained on the spot.
+           Frameworks that can't be imported are named and left out.
+Hardware:  2 CPU cores, no GPU; the network with --install
+How long:  2-4 minutes; a minute more with --install, the first time
+Launch:    make scoreboard                             # puts what is missing into .cache, renews docs/scoreboard.md
+           python recipes/scoreboard/scoreboard.py     # with whatever is installed
+           python recipes/scoreboard/scoreboard.py --only TRL --no-language-model
+
+Writes scoreboard.json, scoreboard.md, scoreboard.svg and scoreboard.png to --out (runs/scoreboard); with --page the
+PNG goes to the folder images beside the page. `frameworks.py` gets at each one's own functions, `worker.py` measures one
+framework in a process of its own, `language_model.py` trains the models, and `pages.py` writes everything down.
+"""
 
 from __future__ import annotations
 
@@ -13,37 +27,45 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import language_model
+import pages
+import torch
 import typer
+from frameworks import FRAMEWORKS, NOT_INSTALLABLE
 from rich.console import Console
 
+import kl_plugins
 from kl_plugins.errors import ConfigError
+from kl_plugins.patching.versions import installed_version
+from kl_plugins.report.page import command_line
 
 FOLDER = Path(".cache/frameworks")
-HERE = Path(__file__).parents[2]
+KL_PLUGINS = Path(kl_plugins.__file__).parents[1]
+WORKER = Path(__file__).with_name("worker.py")
 GOALS = {"bias": 1e-10, "mse": 0.25, "language_model": 0.6, "float32": 1e3}
 """What kl_plugins set out to reach; each is reported as measured."""
 
 
-def scoreboard(
-    out: Annotated[Path, typer.Option(help="Where scoreboard.json, .md and .svg go.")] = Path("runs/scoreboard"),
+def main(
+    out: Annotated[Path, typer.Option(help="Where scoreboard.json, .md, .svg and .png go.")] = Path("runs/scoreboard"),
     frameworks: Annotated[Path, typer.Option(help="Frameworks that aren't installed are looked for here.")] = FOLDER,
     install: Annotated[bool, typer.Option("--install", help="First put the missing ones there, with pip.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only these frameworks (and kl_plugins).")] = None,
-    language_model: Annotated[bool, typer.Option(help="Train a small one, and measure on it, too.")] = True,
-    readme: Annotated[Path | None, typer.Option(help="Replace the table between its scoreboard markers.")] = None,
+    with_model: Annotated[
+        bool, typer.Option("--language-model/--no-language-model", help="Train small ones, measure on them, too.")
+    ] = True,
+    page: Annotated[
+        Path | None, typer.Option(help="Replace the table between this file's scoreboard markers.")
+    ] = None,
 ) -> None:
-    """Measure the KL gradients of every framework at hand, by its own functions, on the same work.
-
-    TRL, OpenRLHF, verl, SkyRL, Unsloth, ms-swift, tunix and ours: bias by exact enumeration, mean squared error at 64
-    samples, dead zones, float32, masks. Those that can't be imported are named and left out. Takes 2-4 minutes.
-    """
-    from kl_plugins.scoreboard import pages
-
+    """Measure the KL gradients of every framework at hand, by its own functions, on the same work."""
     console = Console()
     try:
-        found = collect(frameworks, install=install, only=only, with_model=language_model, console=console)
+        if page is not None:
+            pages.check_markers(page)  # before minutes go by
+        found = collect(frameworks, install=install, only=only, with_model=with_model, console=console)
         pages.show(found, console)
-        written = pages.write_all(found, out, readme=readme)
+        written = pages.write_all(found, out, page=page)
     except (ConfigError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise typer.Exit(2) from error
@@ -54,13 +76,11 @@ def collect(
     folder: Path, *, install: bool, only: list[str] | None, with_model: bool, console: Console
 ) -> dict[str, Any]:
     """Everything that is measured, as plain data."""
-    from kl_plugins.report.page import command_line
-    from kl_plugins.scoreboard.frameworks import FRAMEWORKS, NOT_INSTALLABLE
-
     names = {each.name.lower(): each for each in FRAMEWORKS}
     if unknown := [name for name in only or [] if name.lower() not in names]:
         raise ConfigError(f"--only {', '.join(unknown)}: choose from {', '.join(each.name for each in FRAMEWORKS)}")
-    asked = [each for each in FRAMEWORKS if not only or each.name in ("kl_plugins", *_same_case(only))]
+    chosen = {"kl_plugins", *map(str.lower, only)} if only else set(names)
+    asked = [each for name, each in names.items() if name in chosen]
     started = time.perf_counter()
     measured, left_out = [], dict(NOT_INSTALLABLE) if not only else {}
     with tempfile.TemporaryDirectory(prefix="kl_plugins-") as scratch:
@@ -94,17 +114,7 @@ def collect(
     return result
 
 
-def _same_case(names: list[str]) -> list[str]:
-    from kl_plugins.scoreboard.frameworks import FRAMEWORKS
-
-    return [each.name for each in FRAMEWORKS if each.name.lower() in {name.lower() for name in names}]
-
-
 def _language_model(scratch: Path) -> tuple[str, dict[str, Any]]:
-    import torch
-
-    from kl_plugins.scoreboard import language_model
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -116,8 +126,6 @@ def _language_model(scratch: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _installed(distribution: str) -> bool:
-    from kl_plugins.patching.versions import installed_version
-
     return installed_version(distribution) is not None
 
 
@@ -137,9 +145,9 @@ def _measure(name: str, folder: Path | None, model: str, out: Path) -> dict[str,
     out.unlink(missing_ok=True)
     quiet = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     quiet["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(HERE), os.environ.get("PYTHONPATH")])
+        filter(None, [str(KL_PLUGINS), os.environ.get("PYTHONPATH")])
     )  # the same kl_plugins
-    command = [sys.executable, "-m", "kl_plugins.scoreboard.worker", name]
+    command = [sys.executable, str(WORKER), name]
     command += [str(folder.resolve()) if folder else "", model, str(out)]
     done = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ | quiet, cwd=out.parent
@@ -197,14 +205,12 @@ def _enumerated(exact: list[dict[str, Any]], peers: list[dict[str, Any]]) -> dic
 
 
 def _on_language_model(task: str, exact: list[dict[str, Any]], peers: list[dict[str, Any]]) -> dict[str, Any]:
-    from kl_plugins.scoreboard.language_model import jackknife
-
     def errors(row: dict[str, Any], what: str = "mse") -> list[float]:
         values: list[float] = row["language_model"][task]["on_policy"][what]
         return values
 
     def over(own: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-        return jackknife([a / b for a, b in zip(errors(own), errors(other), strict=True)])
+        return language_model.jackknife([a / b for a, b in zip(errors(own), errors(other), strict=True)])
 
     own, peer = (min(some, key=lambda row: errors(row)[0]) for some in (exact, peers))
     found = {"measured": over(own, peer), "row": own["name"], "best_peer": peer["name"]}
@@ -231,3 +237,7 @@ def _own_bias(ours: list[dict[str, Any]]) -> float:
 
 def _mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
+
+
+if __name__ == "__main__":
+    typer.run(main)
