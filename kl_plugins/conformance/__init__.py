@@ -12,7 +12,8 @@ nine policies on which the local and the sequence gradient differ. In Python the
 """
 
 from kl_plugins.conformance.judge import CLAIMS, Learned, learn, problems
-from kl_plugins.conformance.measure import identify, log_ratio_range, masking
+from kl_plugins.conformance.measure import identify, masking
+from kl_plugins.conformance.shapes import log_ratio_range
 from kl_plugins.conformance.subject import Scored, Subject, from_function, from_spec, load
 
 __all__ = [

@@ -9,13 +9,12 @@ from kl_plugins.conformance.measure import (
     LOCAL,
     Bias,
     Masking,
-    Range,
     best_scale,
     bias,
     expected_gradients,
-    log_ratio_range,
     masking,
 )
+from kl_plugins.conformance.shapes import Range, log_ratio_range
 from kl_plugins.conformance.subject import Subject
 from kl_plugins.errors import ConfigError
 

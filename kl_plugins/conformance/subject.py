@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.core.exact import exact_kl
 from kl_plugins.core.registry import get_loss
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.core.terms import assign_credit, kl_terms
 from kl_plugins.errors import ConfigError
 
 KINDS = ("loss", "reward", "coefficient")
+GROUP = 8
+"""Completions per prompt in the batches that a grouped term is measured on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,7 @@ def from_spec(spec: KLSpec, **fields: Any) -> Subject:
     of: dict[str, Any] = {"claims": spec.gradient_of, "grouped": bool(spec.baseline), "knows_engine": True}
     fields = of | {"origin": "kl_plugins.kl_terms"} | fields
     fields.setdefault("name", f"{spec.name} {spec.credit}")
-    if getattr(get_loss(spec.name), "exact", ""):
+    if get_loss(spec.name).exact:
         return Subject(gradient=_exact_registered(spec), **fields)
 
     def coefficient(scored: Scored) -> Tensor:
@@ -158,15 +162,14 @@ def from_spec(spec: KLSpec, **fields: Any) -> Subject:
 
 def _exact_registered(spec: KLSpec) -> Gradient:
     """Of a registered configuration that sums over the vocabulary: its loss, differentiated to the logits."""
-    exact_kl = import_module("kl_plugins.core.exact").exact_kl
 
     def gradient(scored: Scored) -> Tensor:
         assert scored.logits is not None
+        assert scored.ref_logits is not None
         assert scored.tokens is not None
         live = scored.logits.detach().clone().requires_grad_()
         logp = live.log_softmax(-1).gather(-1, scored.tokens[..., None])[..., 0]
-        found: Any = kl_terms
-        terms = found(
+        terms = kl_terms(
             spec,
             logp=logp,
             ref_logp=scored.ref_logp,
@@ -211,7 +214,14 @@ def _caller(function: Callable[..., Tensor]) -> Callable[[Scored, Tensor], Tenso
 
     def call(scored: Scored, logp: Tensor) -> Tensor:
         given = (logp, scored.ref_logp, scored.mask, scored.old_logp)[:count]
-        found: Any = function(*given, **{name: getattr(scored, name) for name in more})
+        try:
+            found: Any = function(*given, **{name: getattr(scored, name) for name in more})
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise ConfigError(
+                f"{function!r}, given {count} tensors of shape {tuple(logp.shape)}, raised "
+                f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+            ) from error
         if not isinstance(found, Tensor):
             raise ConfigError(f"{function!r} returned a {type(found).__name__}: a tensor was expected")
         return found
@@ -260,7 +270,7 @@ def _differentiated(call: Callable[[Scored, Tensor], Tensor], *, grouped: bool) 
 
 
 def _of_tokens(found: Tensor, scored: Scored) -> Tensor:
-    """As it is, if it is one number for each token."""
+    """`found`, unchanged. Raises `ConfigError` unless it holds one number for each token."""
     if found.shape != scored.logp.shape:
         raise ConfigError(
             f"the function returned a tensor of shape {tuple(found.shape)} for log-probs of shape "

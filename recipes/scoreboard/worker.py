@@ -20,6 +20,7 @@ from frameworks import framework, prepare
 
 from kl_plugins.conformance import measure
 from kl_plugins.conformance.hosts import Term, quiet
+from kl_plugins.conformance.shapes import log_ratio_range
 
 SAMPLES = 64
 """Completions in the batch that mean squared errors are of."""
@@ -43,7 +44,7 @@ def measured(entry: Term, drawn: dict[str, Any] | None) -> dict[str, Any]:
         "knows_engine": subject.knows_engine,
         "bias": {setting: asdict(found) for setting, found in biases.items()},
         "mse": {s: {"of_each": [e for e, _ in each], "error": [e for _, e in each]} for s, each in errors.items()},
-        "range": asdict(measure.log_ratio_range(subject)),
+        "range": asdict(log_ratio_range(subject)),
         "masking": asdict(measure.masking(subject)),
         "language_model": {
             task: language_model.statistics(subject, each, samples=SAMPLES) for task, each in (drawn or {}).items()

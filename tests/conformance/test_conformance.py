@@ -188,6 +188,9 @@ def right(logp, ref_logp, mask, old_logp):
 
 def wrong(logp, ref_logp):
     return logp - ref_logp
+
+def broken(logp, ref_logp):
+    return logp @ ref_logp
 """
 
 
@@ -218,14 +221,16 @@ def pyargs(folder, *arguments):
             "the gradient of the reverse KL of whole",
         ),
         (("--kl-function", "mykl:none"), 4, "'mykl:none' can't be loaded"),
+        (("--kl-function", "mykl:broken"), 4, "raised RuntimeError: "),
         ((), 4, "no KL function: pass --kl-function"),
     ],
-    ids=["right", "wrong", "learn", "reward", "missing", "nothing"],
+    ids=["right", "wrong", "learn", "reward", "missing", "broken", "nothing"],
 )
 def test_pytest_pyargs(tmp_path, arguments, code, says):
     done = pyargs(tmp_path, *arguments)
     assert done.returncode == code, done.stdout + done.stderr
     assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_the_options_cost_nothing_in_other_runs():
