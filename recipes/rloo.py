@@ -14,8 +14,6 @@ Every field of kl_plugins.trl.RLOOConfig, and so of trl.RLOOConfig, is an option
 file; `--help` lists them. Writes metrics.jsonl, metrics.png and the trained model to --output_dir (runs/rloo).
 """
 
-import atexit
-import contextlib
 import importlib.util
 import os
 import re
@@ -39,8 +37,7 @@ for variable, value in {
 }.items():
     os.environ.setdefault(variable, value)
 
-MAIN_PROCESS = int(os.environ.get("RANK", "0")) == 0
-console = Console(quiet=not MAIN_PROCESS)
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
 with console.status("Importing torch and TRL"):
     import datasets
     import torch
@@ -75,8 +72,7 @@ class ScriptArguments:
     )
 
 
-CUDA = torch.cuda.is_available()
-SINGLE_PROCESS = int(os.environ.get("WORLD_SIZE", "1")) == 1
+CUDA, SINGLE_PROCESS = torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1") == "1"
 DEFAULTS = {
     "output_dir": "runs/rloo",
     "kl": "k1_in_reward",
@@ -91,7 +87,7 @@ DEFAULTS = {
     "disable_tqdm": True,
 }
 # On top of these, for the tiny model only: its answers have at most four tokens, and it stands a large learning rate.
-TINY_DEFAULTS = {
+TINY_DEFAULTS = DEFAULTS | {
     "max_steps": 70,
     "beta": 0.02,
     "per_device_train_batch_size": 512,
@@ -108,14 +104,10 @@ TINY_DEFAULTS = {
 }
 
 
-def parse_arguments():
-    def parse(defaults):
-        parser = TrlParser((ScriptArguments, RLOOConfig))
-        parser.set_defaults_with_config(**defaults)
-        return parser.parse_args_and_config()
-
-    script_args, training_args = parse(DEFAULTS)
-    return (script_args, training_args) if script_args.model_name_or_path else parse(DEFAULTS | TINY_DEFAULTS)
+def parse(defaults):
+    parser = TrlParser((ScriptArguments, RLOOConfig))
+    parser.set_defaults_with_config(**defaults)
+    return parser.parse_args_and_config()
 
 
 def find_math_model():
@@ -126,25 +118,17 @@ def find_math_model():
             sys.exit("Several processes would make the math model at once: run recipes/make_math_model.py first.")
         maker = Path(__file__).with_name("make_math_model.py")
         subprocess.run([sys.executable, str(maker), "--out", str(folder)], check=True)
-    return folder
+    return str(folder)
 
 
 def load_examples(name, split, args):
     """A dataset with the columns prompt and answer, from JSON lines, a folder or the hub."""
-    path = Path(name).expanduser()
-    looks_local = path.exists() or path.suffix in (".jsonl", ".json") or name.startswith((".", "/", "~"))
-    if looks_local and not path.exists():
-        sys.exit(f"--dataset {name}: there is no such file or folder.")
-    if path.is_file():
-        examples = datasets.load_dataset("json", data_files=str(path), split="train")
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        examples = datasets.load_from_disk(str(path))
-        examples = examples[split] if isinstance(examples, datasets.DatasetDict) else examples
+    if name.endswith((".json", ".jsonl")):
+        if not Path(name).is_file():
+            sys.exit(f"--dataset {name}: there is no such file.")
+        examples = datasets.load_dataset("json", data_files=name, split="train")
     else:
-        try:
-            examples = datasets.load_dataset(str(path) if looks_local else name, args.dataset_config, split=split)
-        except (ConnectionError, FileNotFoundError, ValueError) as error:
-            sys.exit(f"--dataset {name} cannot be loaded: {error}")
+        examples = datasets.load_dataset(name, args.dataset_config, split=split)
     for option in ("prompt_column", "answer_column"):
         if getattr(args, option) not in examples.column_names:
             found = ", ".join(examples.column_names)
@@ -170,40 +154,16 @@ def correct(completions, answer, **kwargs):
     return rewards
 
 
-@contextlib.contextmanager
-def stderr_in(path):
-    """Send what libraries write to stderr, C++ included, to a file, and show it if something fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    try:
-        with path.open("w") as file:
-            os.dup2(file.fileno(), 2)
-            yield
-            sys.stderr.flush()
-    except BaseException:
-        os.write(stderr, path.read_bytes())
-        raise
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-
-def main():
-    try:
-        script_args, training_args = parse_arguments()
-    except (ConfigError, UnknownLossError) as error:
-        sys.exit(f"error: {error}")
+def main(script_args, training_args):
     datasets.disable_progress_bars()
     model, name, eval_split = script_args.model_name_or_path, script_args.dataset, script_args.eval_split
     held_out = None
+    if model and not name:
+        sys.exit("--model_name_or_path without --dataset: name the prompts to train on.")
     if name:  # first, since a wrong name or column shouldn't take a model to be noticed
         train = load_examples(name, script_args.dataset_split, script_args)
         held_out = load_examples(name, eval_split, script_args) if eval_split else None
-    elif model:
-        sys.exit("--model_name_or_path without --dataset: name the prompts to train on.")
-    if not model:
-        model = str(find_math_model())
+    model = model or find_math_model()
     if not name:
         train = load_examples(f"{model}/train.jsonl", "train", script_args)
         held_out = load_examples(f"{model}/eval.jsonl", "train", script_args)
@@ -223,12 +183,7 @@ def main():
         held_out = held_out.map(as_messages) if held_out else None
 
     output = Path(training_args.output_dir)
-    metrics = output / "metrics.jsonl"
-    progress = ProgressBarCallback("RLOO")
-    what = "Loading the model and starting the vLLM engine (20-35 s on a CPU)"
-    # A large model's own progress bars are worth seeing; a tiny one's are over before they are read.
-    quiet = stderr_in(output / "engine.log") if TINY and SINGLE_PROCESS else contextlib.nullcontext()
-    with console.status(what if training_args.use_vllm else "Loading the model"), quiet:
+    with console.status("Loading the model" + ", starting the vLLM engine" * training_args.use_vllm):
         trainer = RLOOTrainer(
             model=model,
             reward_funcs=correct,
@@ -236,40 +191,28 @@ def main():
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[JsonlCallback(metrics), progress],
+            callbacks=[JsonlCallback(output / "metrics.jsonl"), ProgressBarCallback("RLOO")],
         )
-    if training_args.use_vllm:
-        # Runs last, after the libraries' own: what follows is the interpreter's teardown, in which a binding of vLLM's
-        # prints pages about objects that it didn't free.
-        atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
     trainer.remove_callback(PrinterCallback)  # every row goes to metrics.jsonl; the bar shows the ones to watch
-    console.print(
-        f"[bold]{training_args.kl or 'TRL’s own KL'}[/bold], beta {training_args.beta:g}, "
-        f"{'vLLM' if training_args.use_vllm else 'transformers'} rollouts, {trainer.accelerator.num_processes} x "
-        f"{trainer.accelerator.device.type}, model {model}"
-    )
-    finished = False
-    try:
-        if held_out:
-            with console.status("Evaluating before the training"):
-                trainer.evaluate()
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        if held_out:
-            with console.status("Evaluating after the training"):
-                trainer.evaluate()
-        trainer.save_model(training_args.output_dir)
-        finished = True
-    except KeyboardInterrupt:
-        progress.stop()
-        console.print("Interrupted: what was logged until now follows.")
-    if trainer.accelerator.is_main_process and metrics.is_file():
-        rows = report.read_metrics(metrics)
+    if held_out:
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if held_out:
+        trainer.evaluate()
+    trainer.save_model(training_args.output_dir)
+
+    if trainer.accelerator.is_main_process:
+        rows = report.read_metrics(output / "metrics.jsonl")
         title = f"RLOO, {training_args.kl or 'stock TRL'}, beta {training_args.beta:g}"
         console.print(report.summary_table(rows, title))
-        picture = report.plot_runs({title: rows}, output / "metrics.png", title)
-        console.print(f"metrics  {metrics}\npicture  {picture}" + f"\nmodel    {output}" * finished, highlight=False)
-    sys.exit(0 if finished else 130)  # as a shell reports Ctrl-C
+        print("wrote", report.plot_runs({title: rows}, output / "metrics.png", title))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        script_args, training_args = parse(DEFAULTS)
+        if not script_args.model_name_or_path:
+            script_args, training_args = parse(TINY_DEFAULTS)
+    except (ConfigError, UnknownLossError) as error:
+        sys.exit(f"error: {error}")
+    main(script_args, training_args)
