@@ -41,9 +41,7 @@ for variable, value in {
 # TRL's PPO generates with transformers; beside the vLLM that newer TRL releases use, TRL 1.12 can't be imported.
 sys.modules["vllm"] = None
 
-MAIN_PROCESS = int(os.environ.get("RANK", "0")) == 0
-SINGLE_PROCESS = int(os.environ.get("WORLD_SIZE", "1")) == 1
-console = Console(quiet=not MAIN_PROCESS)
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
 with console.status("Importing torch and TRL"):
     import datasets
     import torch
@@ -92,11 +90,7 @@ class ScriptArguments:
     )
 
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # DeepSpeed, which accelerate imports if it is there, says less then
+CUDA, SINGLE_PROCESS = torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1") == "1"
 DEFAULTS = {
     "output_dir": "runs/ppo",
     "kl": "k1_in_reward",
@@ -112,7 +106,7 @@ DEFAULTS = {
     "disable_tqdm": True,
 }
 # On top of these, for the tiny model only: its answers have at most four tokens, and it stands a large learning rate.
-TINY_DEFAULTS = {
+TINY_DEFAULTS = DEFAULTS | {
     "total_episodes": 512 * 45,
     "kl_coef": 0.02,
     "per_device_train_batch_size": 512,
@@ -124,14 +118,10 @@ TINY_DEFAULTS = {
 }
 
 
-def parse_arguments():
-    def parse(defaults):
-        parser = TrlParser((ScriptArguments, PPOConfig))
-        parser.set_defaults_with_config(**defaults)
-        return parser.parse_args_and_config()
-
-    script_args, training_args = parse(DEFAULTS)
-    return (script_args, training_args) if script_args.model_name_or_path else parse(DEFAULTS | TINY_DEFAULTS)
+def parse(defaults):
+    parser = TrlParser((ScriptArguments, PPOConfig))
+    parser.set_defaults_with_config(**defaults)
+    return parser.parse_args_and_config()
 
 
 def find_math_model():
@@ -142,25 +132,17 @@ def find_math_model():
             sys.exit("Several processes would make the math model at once: run recipes/make_math_model.py first.")
         maker = Path(__file__).with_name("make_math_model.py")
         subprocess.run([sys.executable, str(maker), "--out", str(folder)], check=True)
-    return folder
+    return str(folder)
 
 
 def load_examples(name, split, args):
     """A dataset with the columns prompt and answer, from JSON lines, a folder or the hub."""
-    path = Path(name).expanduser()
-    looks_local = path.exists() or path.suffix in (".jsonl", ".json") or name.startswith((".", "/", "~"))
-    if looks_local and not path.exists():
-        sys.exit(f"--dataset {name}: there is no such file or folder.")
-    if path.is_file():
-        examples = datasets.load_dataset("json", data_files=str(path), split="train")
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        examples = datasets.load_from_disk(str(path))
-        examples = examples[split] if isinstance(examples, datasets.DatasetDict) else examples
+    if name.endswith((".json", ".jsonl")):
+        if not Path(name).is_file():
+            sys.exit(f"--dataset {name}: there is no such file.")
+        examples = datasets.load_dataset("json", data_files=name, split="train")
     else:
-        try:
-            examples = datasets.load_dataset(str(path) if looks_local else name, args.dataset_config, split=split)
-        except (ConnectionError, FileNotFoundError, ValueError) as error:
-            sys.exit(f"--dataset {name} cannot be loaded: {error}")
+        examples = datasets.load_dataset(name, args.dataset_config, split=split)
     for option in ("prompt_column", "answer_column"):
         if getattr(args, option) not in examples.column_names:
             found = ", ".join(examples.column_names)
@@ -234,21 +216,16 @@ def accuracy(model, tokenizer, ids, answers, length, batch=256):
     return right / len(ids)
 
 
-def main():
-    try:
-        script_args, training_args = parse_arguments()
-    except (ConfigError, PatchError, UnknownLossError) as error:
-        sys.exit(f"error: {error}")
+def main(script_args, training_args):
     datasets.disable_progress_bars()
     model, name, eval_split = script_args.model_name_or_path, script_args.dataset, script_args.eval_split
     held_out = None
+    if model and not name:
+        sys.exit("--model_name_or_path without --dataset: name the prompts to train on.")
     if name:  # first, since a wrong name or column shouldn't take a model to be noticed
         train = load_examples(name, script_args.dataset_split, script_args)
         held_out = load_examples(name, eval_split, script_args) if eval_split else None
-    elif model:
-        sys.exit("--model_name_or_path without --dataset: name the prompts to train on.")
-    if not model:
-        model = str(find_math_model())
+    model = model or find_math_model()
     if not name:
         train = load_examples(f"{model}/train.jsonl", "train", script_args)
         held_out = load_examples(f"{model}/eval.jsonl", "train", script_args)
@@ -278,8 +255,6 @@ def main():
         reward_model = classifier.from_pretrained(script_args.reward_model, dtype=torch.float32, num_labels=1)
 
     output = Path(training_args.output_dir)
-    metrics = output / "metrics.jsonl"
-    progress = ProgressBarCallback("PPO")
     trainer = PPOTrainer(
         args=training_args,
         processing_class=tokenizer,
@@ -288,13 +263,9 @@ def main():
         reward_model=reward_model,
         value_model=critic,
         train_dataset=datasets.Dataset.from_dict({"input_ids": prompts}),
-        callbacks=[PlainNames(), JsonlCallback(metrics), progress],
+        callbacks=[PlainNames(), JsonlCallback(output / "metrics.jsonl"), ProgressBarCallback("PPO")],
     )
     trainer.remove_callback(PrinterCallback)  # every row goes to metrics.jsonl; the bar shows the ones to watch
-    console.print(
-        f"[bold]{training_args.kl or 'TRL’s own KL'}[/bold], kl_coef {training_args.kl_coef:g}, "
-        f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}, model {model}"
-    )
 
     def evaluate(when):
         if held_out and trainer.accelerator.is_main_process:
@@ -302,25 +273,24 @@ def main():
             share = accuracy(policy, tokenizer, ids, held_out["answer"], training_args.response_length)
             console.print(f"{when}: {share:.1%} of {len(ids)} unseen problems solved greedily", highlight=False)
 
-    finished = False
-    try:
-        evaluate("before")
-        gc.freeze()  # TRL collects garbage twice an update: spare it what was there before
-        trainer.train()
-        evaluate("after")
-        trainer.save_model(training_args.output_dir)
-        finished = True
-    except KeyboardInterrupt:
-        progress.stop()
-        console.print("Interrupted: what was logged until now follows.")
-    if trainer.accelerator.is_main_process and metrics.is_file():
-        rows = report.read_metrics(metrics)
+    evaluate("before")
+    gc.freeze()  # TRL collects garbage twice an update: spare it what was there before
+    trainer.train()
+    evaluate("after")
+    trainer.save_model(training_args.output_dir)
+
+    if trainer.accelerator.is_main_process:
+        rows = report.read_metrics(output / "metrics.jsonl")
         title = f"PPO, {training_args.kl or 'stock TRL'}, kl_coef {training_args.kl_coef:g}"
         console.print(report.summary_table(rows, title))
-        picture = report.plot_runs({title: rows}, output / "metrics.png", title)
-        console.print(f"metrics  {metrics}\npicture  {picture}" + f"\nmodel    {output}" * finished, highlight=False)
-    sys.exit(0 if finished else 130)  # as a shell reports Ctrl-C
+        print("wrote", report.plot_runs({title: rows}, output / "metrics.png", title))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        script_args, training_args = parse(DEFAULTS)
+        if not script_args.model_name_or_path:
+            script_args, training_args = parse(TINY_DEFAULTS)
+    except (ConfigError, PatchError, UnknownLossError) as error:
+        sys.exit(f"error: {error}")
+    main(script_args, training_args)
