@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kl_plugins import KLSpec, report
+from kl_plugins.report.plots import first_and_last, series
 
 HERE = Path(__file__).parent
 ARMS = {
@@ -189,8 +190,8 @@ def main():
         before = measure(model, model)
         table.add_row("(before)", "", "", *(format(before[k], ".3f") for k in before), "")
     for arm in done:
-        ends = [report.first_and_last(r, "reward") for r in rows[arm]]
-        sizes = [statistics.fmean(report.series(r, "kl/ess")[1] or [float("nan")]) for r in rows[arm]]
+        ends = [first_and_last(r, "reward") for r in rows[arm]]
+        sizes = [statistics.fmean(series(r, "kl/ess")[1] or [float("nan")]) for r in rows[arm]]
         table.add_row(
             arm,
             gradient_of(arm),
