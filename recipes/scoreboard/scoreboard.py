@@ -10,8 +10,8 @@ Launch:    make scoreboard                             # puts what is missing in
            python recipes/scoreboard/scoreboard.py --only TRL --no-language-model
 
 Writes scoreboard.json, scoreboard.md, scoreboard.svg and scoreboard.png to --out (runs/scoreboard); with --page the
-PNG goes to the folder images beside the page. `frameworks.py` gets at each one's own functions, `worker.py` measures one
-framework in a process of its own, `language_model.py` trains the models, and `pages.py` writes everything down.
+PNG goes to the folder images beside the page. `frameworks.py` gets at each one's own functions, `worker.py` measures
+one framework in a process of its own, `language_model.py` trains the models, and `pages.py` writes everything down.
 """
 
 from __future__ import annotations
