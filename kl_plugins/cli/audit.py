@@ -96,8 +96,10 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         console,
         "The gradient of each KL term: its distance from that of the KL of whole completions (whole) and from that of "
         "the next-token KLs (local), relative to their norm; whether it is the declared one (found); the share of "
-        "tokens whose coefficient is exactly 0 (dead).",
+        "tokens at which it is exactly 0 though the policy has left the reference (dead).",
     )
+    console.print()
     print_table(console, table)
+    console.print()
     for line in (*result["notices"], *result["left_out"]):
         paragraph(console, line)
