@@ -48,7 +48,7 @@ scoreboard: setup  ## the KL gradients of eight frameworks side by side, by thei
 	$(RUN) recipes/scoreboard/scoreboard.py --install --out recipes/scoreboard --page docs/scoreboard.md $(ARGS)
 
 benchmark: setup  ## time and memory of a step, stock TRL against the plugin
-	$(RUN) recipes/benchmark.py $(ARGS)
+	$(RUN) recipes/benchmarks/trl_step.py $(ARGS)
 
 test: setup  ## the test suite
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not extra" $(ARGS)

@@ -38,10 +38,18 @@ def folder(tmp_path_factory):
 
 
 def test_all_are_tested_here():
-    here = ["benchmark.py", "benchmark_openrlhf.py", "compare.py", "gradients.py", "grpo.py", "make_math_model.py"]
-    here += ["openrlhf_math.py", "rloo.py", "benchmark_exact.py", "benchmark_monitor.py"]
+    here = [
+        "benchmarks/trl_step.py",
+        "benchmarks/openrlhf_step.py",
+        "compare.py",
+        "gradients.py",
+        "grpo.py",
+        "make_math_model.py",
+    ]
+    here += ["openrlhf_math.py", "rloo.py", "benchmarks/exact_kl.py", "benchmarks/monitor.py"]
     elsewhere = ["openrlhf.sh", "ppo.py"]  # tests/openrlhf/test_run_*.py and test_recipe_flags.py, tests/ppo
-    assert sorted(path.name for path in RECIPES.glob("*.[ps][yh]")) == sorted(here + elsewhere)
+    found = [*RECIPES.glob("*.[ps][yh]"), *RECIPES.glob("benchmarks/*.py")]
+    assert sorted(str(path.relative_to(RECIPES)) for path in found) == sorted(here + elsewhere)
     assert sorted(path.name for path in RECIPES.rglob("*.yaml")) == ["grpo.yaml"]
 
 
@@ -57,7 +65,7 @@ def test_openrlhf_math(folder):
 
 def test_benchmark_openrlhf(folder):
     shape = ["--vocabulary", 300, "--rows", 2, "--tokens", 16, "--steps", 2, "--hidden", 16]
-    said = start("benchmark_openrlhf.py", *shape, folder=folder)
+    said = start("benchmarks/openrlhf_step.py", *shape, folder=folder)
     assert "2 paired steps" in said
     result = json.loads((folder / "runs" / "benchmark_openrlhf.json").read_text())
     assert result["memory_ratio"] > 0
@@ -128,7 +136,7 @@ def test_gradients_measures_what_the_readme_says(folder):
 
 def test_benchmark_exact(folder):
     shape = ("--vocabulary", 3000, "--vocabulary", 2000, "--tokens", 40, "--tokens", 80, "--rows", 1, "--rows", 2)
-    start("benchmark_exact.py", *shape, "--hidden", 64, "--rounds", 1, folder=folder)
+    start("benchmarks/exact_kl.py", *shape, "--hidden", 64, "--rounds", 1, folder=folder)
     result = json.loads((folder / "runs" / "benchmark_exact.json").read_text())
     found = [(shape["vocabulary"], shape["rows"], shape["tokens"]) for shape in result["shapes"]]
     assert found == [(3000, 1, 40), (3000, 1, 80), (3000, 2, 40), (2000, 1, 40)]
@@ -139,7 +147,7 @@ def test_benchmark_exact(folder):
 
 
 def test_benchmark_monitor(folder):
-    start("benchmark_monitor.py", "--vocabulary", 3000, "--rows", 2, "--tokens", 40, "--steps", 3, folder=folder)
+    start("benchmarks/monitor.py", "--vocabulary", 3000, "--rows", 2, "--tokens", 40, "--steps", 3, folder=folder)
     result = json.loads((folder / "runs" / "benchmark_monitor.json").read_text())
     assert len(result["steps"]) == 3
     for row in result["steps"].values():
@@ -148,6 +156,6 @@ def test_benchmark_monitor(folder):
 
 
 def test_benchmark(folder):
-    start("benchmark.py", "--vocabulary", 5000, "--rows", 4, "--tokens", 64, "--steps", 2, folder=folder)
+    start("benchmarks/trl_step.py", "--vocabulary", 5000, "--rows", 4, "--tokens", 64, "--steps", 2, folder=folder)
     result = json.loads((folder / "runs" / "benchmark.json").read_text())
     assert result["time_ratio"]["lowest"] <= result["time_ratio"]["median"] <= result["time_ratio"]["highest"]

@@ -8,7 +8,7 @@ on a shared machine, so the seconds that the plugin's own code takes in a step a
 Writes runs/benchmark_openrlhf.json.
 
 Hardware: a CPU (12 GiB) or one GPU. Takes: one to three minutes on 2 cores at the default shape.
-Launch: python recipes/benchmark_openrlhf.py [--vocabulary 150000] [--rows 4] [--tokens 256] [--steps 10]
+Launch: python recipes/benchmarks/openrlhf_step.py [--vocabulary 150000] [--rows 4] [--tokens 256] [--steps 10]
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from typing import Annotated
 from unittest import mock
 
 if importlib.util.find_spec("flash_attn") is None:  # a machine without a GPU: see there; before torch is imported
-    sys.path.insert(0, str(Path(__file__).with_name("openrlhf_cpu")))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "openrlhf_cpu"))
     import shim
 
     shim.install()

@@ -9,7 +9,7 @@ gradient_ratio_every, and one with reference= at beta=0.
 Writes runs/benchmark_monitor.json.
 
 Hardware: a CPU (12 GiB) or one GPU. Takes: 10 to 15 minutes on 2 cores at the default shape.
-Launch: python recipes/benchmark_monitor.py [--vocabulary 150000] [--rows 8] [--tokens 512] [--steps 20]
+Launch: python recipes/benchmarks/monitor.py [--vocabulary 150000] [--rows 8] [--tokens 512] [--steps 20]
 """
 
 import contextlib

@@ -8,7 +8,7 @@ forward part; on a GPU without waiting for kernels).
 Writes runs/benchmark.json.
 
 Hardware: a CPU (12 GiB) or one GPU. Takes: 5 to 10 minutes on 2 cores at the default shape.
-Launch: python recipes/benchmark.py [--vocabulary 150000] [--rows 8] [--tokens 512] [--steps 10]
+Launch: python recipes/benchmarks/trl_step.py [--vocabulary 150000] [--rows 8] [--tokens 512] [--steps 10]
 """
 
 import contextlib

@@ -14,7 +14,8 @@ The first of each of --vocabulary, --rows and --tokens is the shape that the oth
 Writes runs/benchmark_exact.json and runs/benchmark_exact.svg.
 
 Hardware: a CPU (16 GiB) or one GPU. Takes: 8 to 10 minutes on 2 cores.
-Launch: python recipes/benchmark_exact.py [--vocabulary 150000] [--tokens 128 --tokens 512] [--hidden 64] [--rounds 3]
+Launch: python recipes/benchmarks/exact_kl.py [--vocabulary 150000] [--tokens 128 --tokens 512] [--hidden 64]
+  [--rounds 3]
 A body with three times the head's FLOPs: --vocabulary 32000 --hidden 512 --layers 12 --tokens 64
 """
 
