@@ -2,11 +2,11 @@
 
 All trainers hold the same weights and get the same off-policy batch; their steps (loss and backward pass) take turns
 in one process. Time is the median ratio of the steps of a round, on the clock and, without a GPU, in the process's own
-CPU seconds, which other processes disturb less. Memory is the peak of one step above what was held before it, as
-torch's allocator (GPU) or profiler (CPU) counts it; the gradient of the LM head's weight, which every implementation
-holds, is part of it. The naive implementation writes out both models' logits and differentiates through log_softmax;
-it is left out of shapes whose logits need more than --naive-gib. On a CPU, freed memory is kept for reuse, as a GPU's
-allocator does: with glibc's default, page faults make the others' large tensors slower yet.
+CPU seconds, which other processes disturb less. Memory is the peak of one step; the gradient of the LM head's weight,
+which every implementation holds, is part of it. The naive implementation writes out both models' logits and
+differentiates through log_softmax; it is left out of shapes whose logits need more than --naive-gib. On a CPU, freed
+memory is kept for reuse, as a GPU's allocator does: with glibc's default, page faults make the others' large tensors
+slower yet.
 The floor of a step is what its passes over the head must take, 4 of TRL's and 6 of ours: the greater of the FLOPs of
 their products and the bytes of the head, at the rates of one large product and of a copy in the same process, and the
 body's products.
@@ -14,32 +14,24 @@ The first of each of --vocabulary, --rows and --tokens is the shape that the oth
 Writes runs/benchmark_exact.json and runs/benchmark_exact.svg.
 
 Hardware: a CPU (16 GiB) or one GPU. Takes: 8 to 10 minutes on 2 cores.
-Launch: python recipes/benchmarks/exact_kl.py [--vocabulary 150000] [--tokens 128 --tokens 512] [--hidden 64]
-  [--rounds 3]
+Launch: python recipes/benchmarks/exact_kl.py [--vocabulary 150000] [--tokens 128 --tokens 512] [--rounds 3]
 A body with three times the head's FLOPs: --vocabulary 32000 --hidden 512 --layers 12 --tokens 64
 """
 
-import contextlib
-import ctypes
 import json
-import os
 import statistics
 import tempfile
-import time
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import harness
 import torch
 import trl
 import typer
-from datasets import Dataset
+from harness import CUDA, PROMPT, step
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import set_seed
 
 import kl_plugins.trl
 
@@ -47,7 +39,6 @@ STOCK, OURS, NAIVE = "stock TRL, k3", "exact_in_reward", "naive"
 # With an LM head: its logits, twice, and two gradients; ours: also the reference's logits, twice.
 PRODUCTS = {STOCK: 4, OURS: 6}
 BETA = 0.04
-PROMPT = 16  # tokens
 TOKENS = (128, 8, 32, 512, 2048, 8192)
 VOCABULARIES = (150_000, 50_000, 15_000)
 
@@ -77,42 +68,6 @@ class Naive(trl.GRPOTrainer):
         return loss + beta * ((kl + rho * later * (logp - logp.detach())) * mask).sum() / mask.sum()
 
 
-def make_model(folder: str, vocabulary: int, hidden: int, layers: int, context: int) -> None:
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=max(hidden // 64, 1),
-        num_key_value_heads=max(hidden // 64, 1),
-        max_position_embeddings=context,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="a"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-
-
-def make_trainer(cls, config, folder: str, **options):
-    args = config(
-        output_dir=folder,
-        beta=BETA,
-        num_generations=2,
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(),
-        gradient_checkpointing=False,
-        model_init_kwargs={"dtype": "float32"},
-        **options,
-    )
-    prompts = Dataset.from_list([{"prompt": "a"}] * 8)
-    trainer = cls(model=folder, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=args,
-                  train_dataset=prompts)  # fmt: skip
-    trainer.current_gradient_accumulation_steps = 1  # set by Trainer.train otherwise
-    trainer.model.train()
-    return trainer
-
-
 def make_batch(trainer, rows: int, tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
     """Off-policy; the reference has been scored, as TRL does at rollout."""
     device = trainer.accelerator.device
@@ -137,59 +92,18 @@ def make_batch(trainer, rows: int, tokens: int, vocabulary: int) -> dict[str, to
     return batch
 
 
-def step(trainer, batch) -> tuple[float, float]:
-    """Seconds of one loss and backward pass: on the clock, and of CPU."""
-    trainer.model.zero_grad(set_to_none=False)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    trainer.compute_loss(trainer.model, batch).backward()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - cpu_start
-
-
-def peak_bytes(trainer, batch) -> int:
-    """The most that one step holds above what was held before it."""
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(trainer, batch)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(trainer, batch)
-    changes = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
-
-
 def gradient(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse large blocks instead of returning them: page faults would be half of stock TRL's time."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-
-
 def fastest(call) -> float:
     """Seconds of the fastest of twenty."""
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(harness.seconds(call)[0] for _ in range(20))
 
 
 def rates(hidden: int) -> dict[str, float]:
     """FLOPs a second of a large product with this inner dimension, in training's dtype; bytes a second of a copy."""
-    kind = {"device": "cuda", "dtype": torch.bfloat16} if torch.cuda.is_available() else {}
+    kind = {"device": "cuda", "dtype": torch.bfloat16} if CUDA else {}
     a, b = torch.randn(2048, hidden, **kind), torch.randn(hidden, 4096, **kind)
     source = torch.randn(2**26, **kind)
     target = torch.empty_like(source)
@@ -214,16 +128,15 @@ def measure(trainers, rows: int, tokens: int, vocabulary: int, *, rounds: int, n
     shape["reference_hidden_bytes"] = batch["kl_ref_hidden"].nbytes
     fits = rows * tokens * vocabulary * 4 / 2**30 <= naive_gib
     taking_part = {name: trainer for name, trainer in trainers.items() if fits or name != NAIVE}
-    shape["peak_bytes"] = {name: peak_bytes(trainer, batch) for name, trainer in taking_part.items()}
+    shape["peak_bytes"] = {
+        name: harness.peak_bytes(lambda trainer=trainer: step(trainer, batch)) for name, trainer in taking_part.items()
+    }
     if fits:  # they compute the same
         ours, naive = gradient(trainers[OURS].model), gradient(trainers[NAIVE].model)
         shape["gradient_error"] = ((ours - naive).norm() / naive.norm()).item()
-    steps = {name: [] for name in taking_part}
-    for turn in range(rounds):
-        turns = list(taking_part.items())
-        for name, trainer in turns if turn % 2 else reversed(turns):
-            steps[name].append(step(trainer, batch))
-    for i, clock in enumerate(("seconds",) if torch.cuda.is_available() else ("seconds", "cpu_seconds")):
+    kinds = {name: lambda batch, trainer=trainer: step(trainer, batch) for name, trainer in taking_part.items()}
+    steps = harness.turns(kinds, rounds, lambda: batch)
+    for i, clock in enumerate(("seconds",) if CUDA else ("seconds", "cpu_seconds")):
         shape[clock] = {name: statistics.median(found[i] for found in steps[name]) for name in steps}
         shape["times_stock" if clock == "seconds" else "times_stock_cpu"] = {
             name: sorted(a[i] / b[i] for a, b in zip(found, steps[STOCK], strict=True))
@@ -247,20 +160,21 @@ def main(
 ) -> None:
     """Time and memory of a step with an exact KL, against stock TRL and a naive implementation."""
     set_seed(0)
-    keep_freed_memory()
+    harness.keep_freed_memory()
     shapes, best = [], rates(hidden)
     for size in vocabulary:
         base = size == vocabulary[0]
         wanted = [(rows[0], length) for length in (tokens if base else tokens[:1])]
         wanted += [(number, tokens[0]) for number in rows[1:] if base]
         with tempfile.TemporaryDirectory() as folder:
-            make_model(folder, size, hidden, layers, max(tokens) + PROMPT)
+            context, heads = max(tokens) + PROMPT, max(hidden // 64, 1)
+            harness.save(harness.llama(size, hidden, context, layers=layers, heads=heads, widening=4), folder)
             trainers = {
-                STOCK: make_trainer(trl.GRPOTrainer, trl.GRPOConfig, folder),
-                OURS: make_trainer(
-                    kl_plugins.trl.GRPOTrainer, kl_plugins.trl.GRPOConfig, folder, kl="exact_in_reward"
+                STOCK: harness.make_trainer(trl.GRPOTrainer, trl.GRPOConfig, folder, beta=BETA),
+                OURS: harness.make_trainer(
+                    kl_plugins.trl.GRPOTrainer, kl_plugins.trl.GRPOConfig, folder, beta=BETA, kl="exact_in_reward"
                 ),
-                NAIVE: make_trainer(Naive, trl.GRPOConfig, folder),
+                NAIVE: harness.make_trainer(Naive, trl.GRPOConfig, folder, beta=BETA),
             }
             drift = [0.02 * torch.randn_like(p) for p in trainers[OURS].ref_model.parameters()]
             with torch.no_grad():
@@ -276,15 +190,12 @@ def main(
     result = {
         "hidden": hidden,
         "layers": layers,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": harness.DEVICE,
         **best,
         "versions": {"torch": torch.__version__, "trl": trl.__version__},
         "shapes": shapes,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    harness.write(result, output)
     show(result)
     plot(result, output.with_suffix(".svg"))
 

@@ -38,19 +38,16 @@ def folder(tmp_path_factory):
 
 
 def test_all_are_tested_here():
-    here = [
-        "benchmarks/trl_step.py",
-        "benchmarks/openrlhf_step.py",
-        "compare.py",
-        "gradients.py",
-        "grpo.py",
-        "make_math_model.py",
-    ]
-    here += ["openrlhf_math.py", "rloo.py", "benchmarks/exact_kl.py", "benchmarks/monitor.py"]
-    elsewhere = ["openrlhf.sh", "ppo.py"]  # tests/openrlhf/test_run_*.py and test_recipe_flags.py, tests/ppo
-    found = [*RECIPES.glob("*.[ps][yh]"), *RECIPES.glob("benchmarks/*.py")]
-    assert sorted(str(path.relative_to(RECIPES)) for path in found) == sorted(here + elsewhere)
-    assert sorted(path.name for path in RECIPES.rglob("*.yaml")) == ["grpo.yaml"]
+    """Every recipe, found recursively. Elsewhere: tests/openrlhf/test_run_*.py, tests/ppo, test_scoreboard.py here."""
+    here = ["compare.py", "gradients.py", "grpo.py", "make_math_model.py", "openrlhf_math.py", "rloo.py"]
+    here += [f"benchmarks/{name}.py" for name in ("exact_kl", "monitor", "openrlhf_step", "trl_step")]
+    elsewhere = ["openrlhf.sh", "ppo.py", "scoreboard/scoreboard.py"]
+    parts = ["benchmarks/harness.py", "openrlhf_cpu/shim.py", "openrlhf_cpu/sitecustomize.py"]
+    parts += [f"scoreboard/{name}.py" for name in ("frameworks", "language_model", "pages", "worker")]
+    found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.[ps][yh]")]
+    assert sorted(found) == sorted(here + elsewhere + parts)
+    assert len(here + elsewhere) == 13
+    assert [path.name for path in RECIPES.rglob("*.yaml")] == ["grpo.yaml"]
 
 
 def test_openrlhf_math(folder):
