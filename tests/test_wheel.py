@@ -95,6 +95,7 @@ def test_command_line(python):
     assert found["trainers"]["openrlhf"]["why_not"].startswith("openrlhf is not installed; tested: ")
     assert not any(state["can_be_hooked"] for state in found["trainers"].values())
     assert "expected gradient is zero" in run(command, "openrlhf", "--kl", "k1_as_loss", code=2)
+    assert "pip install 'kl_plugins[trl]'" in run(command, "trl", "grpo", "--kl", "k2_as_loss", code=2)
     assert "pip install 'kl_plugins[openrlhf]'" in run(command, "openrlhf", "--kl", "k2_as_loss", code=2)
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from kl_plugins.cli.errors import user_errors
@@ -55,11 +54,14 @@ def audit(
     options = dict(locals())
     del options["out"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from rich import progress as bars
+
     from kl_plugins.audit.run import AuditOptions, run_audit, write_report
 
     console = Console(stderr=True)
-    bar = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with user_errors(ValueError), Progress(TextColumn("{task.description}"), *bar, console=console) as progress:
+    bar = (bars.BarColumn(bar_width=24), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+    columns = (bars.TextColumn("{task.description}"), *bar, bars.TimeRemainingColumn())
+    with user_errors(ValueError), bars.Progress(*columns, console=console) as progress:
         asked = AuditOptions(**{name: value for name, value in options.items() if value is not None})
         task = progress.add_task("Prompts", total=None)
         try:

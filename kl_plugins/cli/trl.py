@@ -7,6 +7,8 @@ from typing import Any
 import typer
 
 from kl_plugins.cli.errors import user_errors
+from kl_plugins.errors import PatchError
+from kl_plugins.patching.versions import installed_version
 
 # How typer registers the command: every option is TRL's, also --help after a trainer.
 FLAGS_OF_TRL: dict[str, Any] = {
@@ -25,6 +27,8 @@ def trl(context: typer.Context) -> None:
         typer.echo(context.get_help())
         raise typer.Exit(0 if context.args else 2)
     with user_errors():
+        if not installed_version("trl"):
+            raise PatchError("trl isn't installed: pip install 'kl_plugins[trl]'")
         from kl_plugins.trl.launcher import run
 
         code = run(context.args)

@@ -11,14 +11,14 @@ import typer
 
 from kl_plugins.errors import ConfigError
 
-# What a wrong word raises: of click, or of the copy of it that newer versions of typer bring.
+# What a wrong word raises: click's class, or that of the copy of click which newer versions of typer bring.
 UsageError: Any = typer.BadParameter.__base__
 
 
 def with_flags(function: Any, options: type, **more: tuple[Any, Any]) -> Any:
     """Give `function(context, **values)` a flag for each field of the dataclass `options`, for typer to read.
 
-    `more` are flags besides: name -> (annotation of typer, default).
+    `more` are other flags: name -> (annotation of typer, default). Returns `function`, changed in place.
     """
     hints = get_type_hints(options) | {"kl_weight_clip": tuple[float, float]}
     declared = {}

