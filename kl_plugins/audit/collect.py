@@ -22,21 +22,21 @@ DEAD_BEYOND = 1e-6
 
 
 class Model(Protocol):
-    """What is audited; `kl_plugins.audit.model.Pair` is one."""
+    """What the audit asks of a policy and its reference; `kl_plugins.audit.model.Pair` is the real one."""
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """The number of logits, V."""
 
     @property
     def hidden(self) -> int:
-        """H."""
+        """The width of what the head turns into logits, H."""
 
     def prompt_ids(self, prompt: Any) -> list[int]:
-        """Token ids of a prompt."""
+        """Token ids of a prompt, which may be a text, a chat's messages or ids already."""
 
     def sample(self, prompt: list[int], count: int, *, max_new_tokens: int) -> list[list[int]]:
-        """Completions drawn from the policy."""
+        """Token ids of `count` completions drawn from the policy."""
 
     def score(
         self,
@@ -46,20 +46,20 @@ class Model(Protocol):
         *,
         batch: int,
     ) -> Iterator[Scored]:
-        """Micro-batches."""
+        """The completions as micro-batches of at most `batch` rows, scored by policy and reference."""
 
 
 @dataclass
 class TokenCounts:
-    """Sums over the sampled tokens, of one configuration."""
+    """Counts of one configuration, summed over the sampled tokens."""
 
     tokens: int = 0
     dead: int = 0
-    """Whose gradient is exactly 0 although the log-ratio isn't."""
+    """Tokens whose gradient is exactly 0 although their log-ratio isn't."""
     nonfinite: int = 0
-    """Whose coefficient is NaN or inf; they count as 0."""
+    """Tokens whose coefficient is NaN or inf; it is taken for 0."""
     cut: int = 0
-    """Whose weight was truncated."""
+    """Tokens whose importance weight was truncated."""
     unseen: list[float] = field(default_factory=lambda: [0.0] * 4)
     """Expected |coefficient|, its part on tokens so rare that the audit would draw less than one of them, and the
     same of their probability."""
@@ -67,7 +67,7 @@ class TokenCounts:
     """Flat importance weights; empty where the term has none of its own."""
 
     def add(self, found: Coefficients, tokens: Tokens, unseen: Sequence[float]) -> None:
-        """Count a micro-batch."""
+        """Add a micro-batch to the counts."""
         self.unseen = [a + b for a, b in zip(self.unseen, unseen, strict=True)]
         mask, score = tokens.mask, found.score
         apart = (tokens.logp - tokens.ref_logp).abs() > DEAD_BEYOND
@@ -80,7 +80,7 @@ class TokenCounts:
             self.cut += int((found.cut & mask).sum())
 
     def shares(self) -> dict[str, Any]:
-        """As shares of the tokens; and the weights' effective sample size and tail."""
+        """The counts as shares of the tokens, and the effective sample size and the tail of the weights."""
         tokens = max(self.tokens, 1)
         size, rare_size, probability, rare = self.unseen
         unseen = None
@@ -104,7 +104,7 @@ class TokenCounts:
 
 
 class Collected:
-    """What was measured."""
+    """The gradients and counts of all prompts that were measured so far."""
 
     def __init__(self, configurations: Sequence[Configuration], *, asked: int, resamples: int, seed: int) -> None:
         self.configurations = list(configurations)
@@ -131,7 +131,7 @@ class Collected:
 
     @property
     def complete(self) -> bool:
-        """Whether all of them were."""
+        """Whether every prompt that was asked for was measured."""
         return self.prompts == self.asked
 
     def statistics(self, *, batch: int = 64) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def _measure(
     sketch: Sketch,
     index: int,
 ) -> None:
-    """One prompt; nothing is added unless all of it was measured."""
+    """Measure one prompt. Nothing is added to `found` unless all of it was measured."""
     found_here: list[TermGradients] = []
     total = found.asked * sum(map(len, rollouts.completions))  # about as many tokens as will be audited
     try:

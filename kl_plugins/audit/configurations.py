@@ -47,13 +47,13 @@ class Coefficients:
     """What a term multiplies a token's gradients with, (B, T) each."""
 
     score: Tensor
-    """Of the score grad log pi(y_t)."""
+    """What multiplies the score grad log pi(y_t)."""
     local: Tensor
-    """Of the gradient of the exact next-token KL at the token's prefix."""
+    """What multiplies the gradient of the exact next-token KL at the token's prefix."""
     weight: Tensor | None = None
     """The importance weight, where the term has one of its own."""
     cut: Tensor | None = None
-    """bool: where that was truncated."""
+    """bool: where the weight was truncated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Configuration:
     """One row of the audit."""
 
     name: str
-    """Of the loss, or host and setting."""
+    """The name of the loss, or of the host and what it is asked for."""
     credit: str = ""
     off_policy: str = ""
     """Empty where there is nothing to choose: on-policy, or a host's own way."""
@@ -70,7 +70,7 @@ class Configuration:
     gradient_of: str = ""
     """The divergence that the name promises; empty for hosts, who promise a KL."""
     refused: bool = False
-    """Refused by kl_plugins unless `allow_biased`."""
+    """Whether kl_plugins refuses it unless `allow_biased` is set."""
     coefficients: Callable[[Tokens], Coefficients]
     pointwise: Pointwise
     """The coefficient of a token by itself, on-policy."""
@@ -83,7 +83,7 @@ class Configuration:
 
     @property
     def label(self) -> str:
-        """All that tells it from the others, in one line."""
+        """Name, credit and weights in one line, which no other row shares."""
         return ", ".join(part for part in (f"{self.name} {self.credit}".strip(), self.off_policy) if part)
 
 

@@ -22,13 +22,13 @@ class Rollouts:
     """The completions of one prompt."""
 
     prompt: Any
-    """Token ids, a text, or a chat's list of messages."""
+    """The prompt as token ids, as a text, or as a chat's list of messages."""
     completions: list[list[int]]
-    """Token ids, the end token included where one was sampled."""
+    """Token ids of each completion, the end token included where one was sampled."""
     behavior_logp: list[list[float]] | None = None
-    """Per completion, nats, of the policy that sampled it; None: on-policy."""
+    """Log-probs (nats) of each completion's tokens under the policy that sampled them; None: on-policy."""
     by_engine: bool = False
-    """Whether that is the current policy in another engine, whose log-probs a host's KL doesn't see."""
+    """Whether `behavior_logp` is of the current policy in another engine, whose log-probs a host's KL doesn't see."""
 
 
 def read_prompts(path: Path, column: str, *, limit: int, seed: int) -> list[Any]:

@@ -63,7 +63,7 @@ def audit_page(result: dict[str, Any]) -> str:
 
 
 def kind(row: Row) -> str:
-    """Whose term it is."""
+    """Whether a row is a host's own term, one of kl_plugins', or one that kl_plugins refuses."""
     if not row["gradient_of"]:
         return "a host's own"
     return "kl_plugins, refused" if row["refused"] else "kl_plugins"
@@ -325,7 +325,7 @@ def _heavy(row: Row) -> bool:
 
 
 def size(found: dict[str, float | None]) -> str:
-    """A norm, or what it is below where it can't be told from 0."""
+    """A norm with two decimals; `<x` where it can't be told from 0, `0` where it is below 0.005."""
     value, low, high = found["value"], found["low"], found["high"]
     if value is None or low is None or high is None:
         return "–"
@@ -335,7 +335,7 @@ def size(found: dict[str, float | None]) -> str:
 
 
 def distance(found: dict[str, float | None]) -> str:
-    """As `size`, with the interval where there is one."""
+    """A norm as `size` says it, with its interval where it can be told from 0."""
     said = size(found)
     return with_interval(found, fixed) if said[0].isdigit() and said != "0" else said
 

@@ -30,31 +30,31 @@ class AuditOptions:
     model: str = ""
     """The policy: a folder or the name of a model on the hub."""
     reference: str = ""
-    """The model that the KL is taken to, likewise."""
+    """The model that the KL is taken to: a folder or the name of a model on the hub."""
     prompts: Path | None = None
     """JSON lines; completions are drawn from the policy."""
     prompt_column: str = "prompt"
-    """Where they hold a text, or a chat's messages."""
+    """The column of `prompts` or `rollouts` that holds a text, or a chat's messages."""
     rollouts: Path | None = None
     """Instead of `prompts`: saved completions as JSON lines, see `data.read_rollouts`."""
     completions: int = 8
-    """Of each prompt, to audit; at least 2."""
+    """Completions of each prompt that are audited; at least 2."""
     target_completions: int = 32
-    """Others of each prompt, for the target; at least 2."""
+    """Other completions of each prompt, which the target is measured on; at least 2."""
     max_prompts: int = 64
-    """More than these are thinned out at random."""
+    """If there are more prompts, so many are chosen at random."""
     max_new_tokens: int = 64
-    """Where a completion ends at the latest."""
+    """Tokens after which a completion ends at the latest."""
     batch: int = 8
     """Completions in a forward pass."""
     mse_batch: int = 64
     """Completions that the squared error is stated for."""
     seed: int = 0
-    """Of the choice of prompts, the sampling and the resampling."""
+    """Seed of the choice of prompts, the sampling and the resampling."""
     device: str = "auto"
     """`"auto"` is a GPU if there is one."""
     dtype: str = "float32"
-    """Of both models, one of `DTYPES`."""
+    """The dtype of both models, one of `DTYPES`."""
     vllm: bool = False
     """Whether vLLM draws what is audited, off-policy by its own log-probs."""
     hosts: bool = True
@@ -208,7 +208,7 @@ def _parameters(pair: Pair, sketch: Sketch) -> str:
 
 
 def _peak_memory() -> int:
-    """MiB; of the process, or of the GPU where one was used."""
+    """MiB at the peak: of the GPU where one was used, else of the process."""
     torch = sys.modules["torch"]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated() >> 20)

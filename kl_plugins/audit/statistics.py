@@ -73,7 +73,7 @@ def squared_norm(mean: Tensor) -> Tensor:
 
 
 def standard_error(mean: Tensor) -> float:
-    """Of (1 + R, K) means, as the norm of their error."""
+    """The standard error of (1 + R, K) means, as the norm of the vector of errors."""
     return float((mean[1:].double() - mean[0].double()).square().sum(-1).mean().sqrt())
 
 

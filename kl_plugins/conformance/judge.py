@@ -48,7 +48,7 @@ class Learned:
     masking: Masking
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """What was measured, one statement a line, for a terminal."""
         biases = {"on-policy": self.on_policy, "stale samples": self.stale, "engine mismatch": self.mismatch}
         found = [f"{where}: {named(bias)}; {errors(bias)}" for where, bias in biases.items()]
         shape, dead = self.range.shape, self.range.dead
@@ -78,7 +78,7 @@ def learn(subject: Subject, claims: str = "") -> Learned:
 
 
 def named(found: Bias) -> str:
-    """Whose gradient it is, in words."""
+    """In words, which divergences have the gradient that was found."""
     names = [WORDS[name] for name in found.names(TOLERANCE)]
     return f"the gradient of {' or '.join(names)}" if names else "the gradient of none of the divergences"
 
@@ -143,12 +143,12 @@ def float32_problem(learned: Learned, reach: float = REACH) -> str:
 
 
 def masking_problem(learned: Learned) -> str:
-    """What masked positions and padding do."""
+    """What masked positions and padding wrongly do to the gradient; empty if nothing."""
     return "; ".join(learned.masking.problems())
 
 
 def problems(learned: Learned, claims: str, *, off_policy: bool = True, reach: float = REACH) -> dict[str, str]:
-    """Check -> what is wrong, for those that fail."""
+    """Name of the check -> what is wrong, for the checks that fail. Raises `ConfigError` for an unknown claim."""
     if claims not in CLAIMS:
         raise ConfigError(f"claims={claims!r}: choose from {', '.join(map(repr, CLAIMS))}")
     found: dict[str, Callable[[], str]] = {

@@ -33,7 +33,7 @@ those of the trainer, who takes them for the policy's own but may be told them."
 DIVERGENCES = ("reverse_kl", "local_reverse_kl", "forward_kl", "local_forward_kl")
 LOCAL = ("local_reverse_kl", "local_forward_kl")
 NOTHING = 1e-10
-"""A relative error that is rounding in float64."""
+"""Relative errors up to this are rounding in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,9 @@ class Bias:
     """Relative errors of expected gradients, over the nine policies."""
 
     worst: dict[str, float]
-    """Divergence -> the largest."""
+    """Divergence -> the largest of the nine errors."""
     typical: dict[str, float]
-    """Divergence -> the geometric mean; 0 where it is nothing but rounding."""
+    """Divergence -> the geometric mean of the nine errors; 0 where they are nothing but rounding."""
     size: float
     """The largest norm, relative to the reverse KL's gradient."""
 
@@ -159,7 +159,7 @@ def _pairs(means: Sequence[Tensor], of: str, setting: str) -> Iterator[tuple[Ten
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """0 if any is below `NOTHING`, NaN if any is NaN."""
+    """The geometric mean; 0 if any value is below `NOTHING`, NaN if any is NaN."""
     if any(math.isnan(value) for value in values):
         return math.nan
     return 0.0 if min(values) <= NOTHING else math.exp(sum(map(math.log, values)) / len(values))
@@ -257,7 +257,7 @@ def _truncated(scored: Scored, row: int, length: int) -> Scored:
 
 
 def expected_gradients(subject: Subject, setting: str) -> list[Tensor]:
-    """Those of the nine policies."""
+    """(S, V) exact expected gradients of the subject on each of the nine policies."""
     return [moments(subject, case, setting)[0] for case in cases()]
 
 

@@ -30,20 +30,20 @@ class Scored:
     """Sampled tokens as a KL term sees them: (B, T) tensors, nats."""
 
     logp: Tensor
-    """Of the current policy, detached; a function that is differentiated gets a live copy."""
+    """Log-probs of the current policy, detached; a function that is differentiated gets a live copy."""
     ref_logp: Tensor
     mask: Tensor
     """bool: 1 where the token counts."""
     old_logp: Tensor
-    """Of what the trainer takes for the policy that drew the tokens; on-policy the same as `logp`."""
+    """Log-probs of what the trainer takes for the policy that drew the tokens; on-policy the same as `logp`."""
     engine_logp: Tensor | None = None
-    """Of the rollout engine, where it isn't `old_logp`."""
+    """Log-probs of the rollout engine, where they aren't `old_logp`."""
     group_size: int = 1
-    """Completions per prompt, consecutive rows."""
+    """Completions per prompt, which are consecutive rows."""
     tokens: Tensor | None = None
-    """int64: the tokens; with `logits`."""
+    """int64: the tokens, given where `logits` are."""
     logits: Tensor | None = None
-    """(B, T, V) of the policy, and of the reference, where the whole distributions are known."""
+    """(B, T, V) logits of the policy, and in `ref_logits` of the reference, where whole distributions are known."""
     ref_logits: Tensor | None = None
 
     @property
@@ -68,7 +68,7 @@ class Subject:
 
     name: str
     claims: str = ""
-    """Of `kl_plugins.core.registry.GRADIENTS`; empty: none."""
+    """Whose gradient it is said to have, of `kl_plugins.core.registry.GRADIENTS`; empty: nothing is claimed."""
     coefficient: Coefficient | None = None
     gradient: Gradient | None = None
     grouped: bool = False
@@ -76,7 +76,7 @@ class Subject:
     knows_engine: bool = False
     """Whether it is told the log-probs of the rollout engine."""
     origin: str = ""
-    """Which function is run."""
+    """Which function is run, for reports."""
 
     def logit_gradient(self, scored: Scored) -> Tensor:
         """(B, T, V): what each position adds to the gradient with respect to the policy's logits."""
@@ -140,7 +140,7 @@ def load(path: str) -> Callable[..., Tensor]:
 
 
 def from_spec(spec: KLSpec, **fields: Any) -> Subject:
-    """One of our own configurations."""
+    """A subject from one of kl_plugins' own configurations; `fields` are of `Subject`."""
     of: dict[str, Any] = {"claims": spec.gradient_of, "grouped": bool(spec.baseline), "knows_engine": True}
     fields = of | {"origin": "kl_plugins.kl_terms"} | fields
     fields.setdefault("name", f"{spec.name} {spec.credit}")
@@ -191,7 +191,7 @@ def _named(function: Callable[..., Tensor]) -> Mapping[str, inspect.Parameter]:
 
 
 def _caller(function: Callable[..., Tensor]) -> Callable[[Scored, Tensor], Tensor]:
-    """`function` with what it asks for, by position or by name."""
+    """Calls `function` with the tensors that its signature asks for, by position or by name."""
     parameters = _named(function)
     more = [name for name in ("engine_logp", "group_size") if name in parameters]
     positional = [
@@ -290,7 +290,7 @@ def _penalty(call: Callable[[Scored, Tensor], Tensor]) -> Coefficient:
 
 
 def rows(scored: Scored, start: int, stop: int) -> Scored:
-    """The rows from `start` to `stop`."""
+    """The rows of a batch from `start` up to `stop`."""
     names = ("logp", "ref_logp", "mask", "old_logp", "engine_logp", "tokens", "logits", "ref_logits")
     return replace(scored, **{n: getattr(scored, n)[start:stop] for n in names if getattr(scored, n) is not None})
 

@@ -33,7 +33,7 @@ def learned(pytestconfig: Any) -> judge.Learned:
 
 @pytest.fixture
 def claims(pytestconfig: Any, learned: judge.Learned) -> str:
-    """What the function is said to be."""
+    """Whose gradient the function is said to have."""
     found: str = pytestconfig.getoption("--kl-claims")
     if found == "none":
         pytest.skip("nothing is claimed: see the summary for what was measured")

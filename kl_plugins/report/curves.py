@@ -19,12 +19,12 @@ class Curve:
     """The coefficient of one term: d term / d log policy, at each log-ratio."""
 
     panel: str
-    """`ours`, `hosts` or `float32`."""
+    """Which panel it is drawn in: `ours`, `hosts` or `float32`."""
     name: str
     how: str
     """The function that was run, or the formula that stands for it."""
     dtype: str
-    """Of the inputs; OpenRLHF's function casts them to float32."""
+    """The dtype of the inputs; OpenRLHF's function casts them to float32."""
     u: list[float]
     """Log-ratios log policy - log reference, in nats."""
     coefficient: list[float]

@@ -38,7 +38,7 @@ class Framework:
 
     name: str
     distribution: str
-    """Whose version is shown."""
+    """The distribution whose version is shown."""
     entries: Callable[[], list[Term]]
     requires: tuple[str, ...] = ()
     """What `--install` puts into its folder, without dependencies. Empty: it comes with kl_plugins' own extras."""
@@ -50,7 +50,7 @@ class Framework:
     """Folders within its own that modules are imported from."""
     environment: tuple[tuple[str, str], ...] = ()
     note: str = ""
-    """How it is run, where that isn't plain."""
+    """How it is run, where that differs from importing and calling it."""
 
 
 def prepare(framework: Framework, folder: Path | None) -> None:

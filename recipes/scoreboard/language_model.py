@@ -24,7 +24,7 @@ END, PROMPT, LENGTH = 0, 6, 20
 GROUP = 8
 """Completions per prompt."""
 BLOCKS = 32
-"""Of the jackknife: prompts are left out in so many blocks."""
+"""Blocks of prompts of which the jackknife leaves out one at a time."""
 SETTINGS = ("on_policy", "stale")
 TASKS = {"plain": 1.0, "steering": 0.7}
 """Name -> the share of examples with intermediate steps."""
@@ -62,7 +62,7 @@ class LanguageModel(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The policies."""
+    """The policy that is trained, its reference, and what it was some updates before."""
 
     policy: LanguageModel
     reference: LanguageModel

@@ -48,7 +48,7 @@ class Line:
 
     @property
     def said(self) -> str:
-        """Who it is."""
+        """The names of the rows."""
         return "; ".join(self.names)
 
 
@@ -107,7 +107,7 @@ def _typical_mse(row: dict[str, Any]) -> float:
 
 
 def number(value: float) -> str:
-    """Two digits that matter; 0 below float32's rounding."""
+    """A number with two significant digits; 0 below float32's rounding."""
     if value != value:
         return "NaN"
     if value < 1e-6:
@@ -157,7 +157,7 @@ def legend(found: dict[str, Any]) -> list[str]:
 
 
 def goal_lines(found: dict[str, Any]) -> Iterator[str]:
-    """The goals, as measured."""
+    """Each goal with what was measured, one a line."""
     goals = found["goals"]
     if "bias" in goals:
         worst = goals["bias"]["measured"]

@@ -75,7 +75,7 @@ def main(
 def collect(
     folder: Path, *, install: bool, only: list[str] | None, with_model: bool, console: Console
 ) -> dict[str, Any]:
-    """Everything that is measured, as plain data."""
+    """Measure each framework, and return all of it as what scoreboard.json holds."""
     names = {each.name.lower(): each for each in FRAMEWORKS}
     if unknown := [name for name in only or [] if name.lower() not in names]:
         raise ConfigError(f"--only {', '.join(unknown)}: choose from {', '.join(each.name for each in FRAMEWORKS)}")
@@ -130,7 +130,7 @@ def _installed(distribution: str) -> bool:
 
 
 def _install(requires: tuple[str, ...], folder: Path) -> None:
-    """With pip, without dependencies, as a whole or not at all."""
+    """Put packages into `folder` with pip, without their dependencies, all of them or none."""
     partial = folder.with_name(f".{folder.name}-partial")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q", "install", "--no-compile")
     done = subprocess.run(
@@ -160,7 +160,7 @@ def _measure(name: str, folder: Path | None, model: str, out: Path) -> dict[str,
 
 
 def goals(result: dict[str, Any]) -> dict[str, Any]:
-    """What was to be reached, and what was measured."""
+    """Name -> what kl_plugins set out to reach, and what was measured."""
     rows = {each["framework"]: each["rows"] for each in result["frameworks"]}
     ours = rows.get("kl_plugins", [])
     # Of the sequence gradient, which is what errors are measured against.
