@@ -90,7 +90,7 @@ def collect(
                 model, about = _language_model(Path(scratch))
         for each in asked:
             own = folder / each.distribution
-            if install and each.requires and not own.exists() and not _installed(each.distribution):
+            if install and each.requires and not own.exists() and installed_version(each.distribution) is None:
                 with console.status(f"{each.name}: pip install --target {own}"):
                     _install(each.requires, own)
             with console.status(f"measuring {each.name}"):
@@ -125,10 +125,6 @@ def _language_model(scratch: Path) -> tuple[str, dict[str, Any]]:
     return str(scratch / "model.pt"), {task: each["about"] for task, each in drawn.items()}
 
 
-def _installed(distribution: str) -> bool:
-    return installed_version(distribution) is not None
-
-
 def _install(requires: tuple[str, ...], folder: Path) -> None:
     """Put packages into `folder` with pip, without their dependencies, all of them or none."""
     partial = folder.with_name(f".{folder.name}-partial")
@@ -144,11 +140,9 @@ def _measure(name: str, folder: Path | None, model: str, out: Path) -> dict[str,
     """The worker's findings, or why there are none."""
     out.unlink(missing_ok=True)
     quiet = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    quiet["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(KL_PLUGINS), os.environ.get("PYTHONPATH")])
-    )  # the same kl_plugins
-    command = [sys.executable, str(WORKER), name]
-    command += [str(folder.resolve()) if folder else "", model, str(out)]
+    same = [str(KL_PLUGINS), *filter(None, [os.environ.get("PYTHONPATH")])]  # the kl_plugins that runs here
+    quiet["PYTHONPATH"] = os.pathsep.join(same)
+    command = [sys.executable, str(WORKER), name, str(folder.resolve()) if folder else "", model, str(out)]
     done = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ | quiet, cwd=out.parent
     )
