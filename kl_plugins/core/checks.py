@@ -65,9 +65,9 @@ def checked(
     A gradient that goes back into half-precision `logp` is bounded at the largest number of that precision.
 
     Raises:
-        `ValueError`: shapes that differ, masks that aren't 0/1, or (unless `spec.nonfinite="drop"`) a counted token
+        ValueError: shapes that differ, masks that aren't 0/1, or (unless `spec.nonfinite="drop"`) a counted token
             with a log-prob that isn't finite; NaN in `behavior_logp` means "not scored" and is no error.
-        `ConfigError`: `exact` and `left_out_tokens` that don't fit the configuration.
+        ConfigError: `exact` and `left_out_tokens` that don't fit the configuration.
     """
     _check_exact(spec, exact)
     behavior_logp = logp.detach() if behavior_logp is None else behavior_logp.detach()

@@ -63,8 +63,8 @@ def exact_kl(
         tokens: (B, T) int64, the sampled tokens; needed with `top_k` and `tail="sampled"`.
 
     Raises:
-        `ConfigError`: a configuration that isn't exact, or `tokens` missing.
-        `ValueError`: shapes that don't agree.
+        ConfigError: a configuration that isn't exact, or `tokens` missing.
+        ValueError: shapes that don't agree.
     """
     if not spec.loss.exact:
         raise ConfigError(

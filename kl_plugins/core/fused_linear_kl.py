@@ -64,7 +64,7 @@ def fused_linear_kl(
         mask: (B, T) of 0 and 1. Masked positions contribute exactly nothing, whatever they hold.
 
     Raises:
-        `ConfigError`: a configuration that isn't exact or has `top_k`, or models whose vocabularies differ in size.
+        ConfigError: a configuration that isn't exact or has `top_k`, or models whose vocabularies differ in size.
     """
     if not spec.loss.exact or spec.top_k is not None:
         raise ConfigError(
@@ -95,7 +95,7 @@ def fused_linear_kl_and_logps(
         targets: (N,) int64.
 
     Raises:
-        `ConfigError`: models whose vocabularies differ in size.
+        ConfigError: models whose vocabularies differ in size.
     """
     _check_vocabularies(head, ref_head)
     arguments = hidden, head.weight, head.bias, ref_hidden.detach(), targets, head, ref_head, of

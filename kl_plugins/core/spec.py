@@ -25,8 +25,8 @@ class KLSpec:
     """One KL configuration, as `kl_plugins.kl_terms` computes it.
 
     Raises:
-        `UnknownLossError`: nobody registered `name`.
-        `ConfigError`: an option doesn't exist, is out of range, isn't used by what was chosen, or the expected
+        UnknownLossError: nobody registered `name`.
+        ConfigError: an option doesn't exist, is out of range, isn't used by what was chosen, or the expected
             gradient is zero or biased and `allow_biased` is not set. All problems at once.
     """
 

@@ -93,9 +93,9 @@ def kl_terms(
         `spec.gradient_of` on-policy; `spec.off_policy` says what of it remains true off-policy.
 
     Raises:
-        `ValueError`: shapes that differ, a mask that isn't 0/1, a NaN or inf at a counted token (unless
+        ValueError: shapes that differ, a mask that isn't 0/1, a NaN or inf at a counted token (unless
             `spec.nonfinite="drop"`), or groups that don't divide the batch.
-        `ConfigError`: `baseline="leave_one_out"` with neither `group_size` nor `baseline`; `left_out_tokens` with a
+        ConfigError: `baseline="leave_one_out"` with neither `group_size` nor `baseline`; `left_out_tokens` with a
             configuration whose later costs are no log-ratios; an exact configuration without `exact`, or with one
             that was made for another.
     """

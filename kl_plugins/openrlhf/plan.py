@@ -88,8 +88,8 @@ def check_options(options: OpenRLHFOptions) -> None:
     """Refuse options that are wrong whatever OpenRLHF's flags are. Neither OpenRLHF nor torch is needed for it.
 
     Raises:
-        `ConfigError`: no KL was named, an option that can't be what was meant, a zero or biased gradient; all at once.
-        `UnknownLossError`: nobody registered `options.kl`.
+        ConfigError: no KL was named, an option that can't be what was meant, a zero or biased gradient; all at once.
+        UnknownLossError: nobody registered `options.kl`.
     """
     if options.kl is None:
         refuse(_watched_problems(options))
@@ -122,8 +122,8 @@ def plan_kl(options: OpenRLHFOptions, args: Any, *, resolve_tokens: bool = True)
     explain a run that isn't started.
 
     Raises:
-        `ConfigError`: an option or a flag that can't be what was meant, all of them at once.
-        `UnknownLossError`: nobody registered `options.kl`.
+        ConfigError: an option or a flag that can't be what was meant, all of them at once.
+        UnknownLossError: nobody registered `options.kl`.
     """
     loss = get_loss(str(options.kl))
     in_reward = options.kl_placement == "reward" or (options.kl_placement == "auto" and loss.in_reward)
