@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from kl_plugins.core.controllers import Controller
-from kl_plugins.integration.recorder import Recorder
 
 logger = logging.get_logger(__name__)
 
 STATE = "kl_controller"
 """Where the controller's state is kept: this key of `TrainerState.stateful_callbacks`, so in `trainer_state.json`."""
-
-
-def recorder_of(accelerator: Any) -> Recorder:
-    """A `Recorder` over the processes of `accelerator`, which in TRL's training all take the same steps."""
-    return Recorder(
-        sum_over_ranks=partial(accelerator.reduce, reduction="sum"),
-        max_over_ranks=lambda x: accelerator.gather(x).max(),
-    )
 
 
 class BetaCallback(TrainerCallback):

@@ -175,8 +175,62 @@ def _by_host(of: str, scored: Scored, ref_hidden: Tensor, ref_head: LMHead, coun
         *(head.scale, head.softcap, ref_head.scale, ref_head.softcap),
     ]
     with torch.autocast(counted.device.type, enabled=False):
-        found, _ = ChunkedDivergenceFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        found, _ = ChunkedDivergenceFunction.apply(*arguments)
     return found.new_zeros(counted.shape).masked_scatter(counted, found) if found.isfinite().all() else None
+
+
+class ExactScoring:
+    """The scoring passes of a trainer with an exact KL, and the KL that is made of them."""
+
+    def __init__(self, spec: KLSpec) -> None:
+        self.spec = spec
+        self.scored: tuple[Scored, ...] = ()
+        """The passes that no KL was made of yet, the last one last."""
+        self.reference_head: LMHead | None = None
+        """With which the hidden states in `kl_ref_hidden` become logits."""
+        self._compared_with: Reference | None = None
+
+    @contextmanager
+    def recording(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Keep what TRL scores with while this is active; the arguments are those of its scoring method."""
+        with recorded(self._compared_with, *args, **kwargs) as passes:
+            yield
+        self.scored += (passes.together(),)
+
+    def forget(self) -> None:
+        """Let go of the passes that no KL was made of, and of their graphs."""
+        self.scored = ()
+
+    @contextmanager
+    def compared(self, inputs: dict[str, Any] | None) -> Iterator[None]:
+        """While active, a pass makes the KL to the reference, too, if the micro-batch has its hidden states."""
+        self.forget()
+        if inputs is not None and "kl_ref_hidden" in inputs:
+            assert self.reference_head is not None
+            self._compared_with = Reference(
+                hidden=inputs["kl_ref_hidden"], head=self.reference_head, of=self.spec.loss.exact
+            )
+        try:
+            yield
+        finally:
+            self._compared_with = None
+
+    def keep_reference(self, output: dict[str, Any]) -> None:
+        """Put the reference's hidden states, its pass at rollout being the last, into the batch as `kl_ref_hidden`.
+
+        (B, T, H) numbers in the reference's dtype for every token that waits to be trained on. They are shuffled and
+        split as all that TRL keeps of a rollout, and save the reference's second pass.
+        """
+        *policy, reference = self.scored
+        self.scored = tuple(policy) if self.spec.baseline is not None else ()
+        self.reference_head = reference.head
+        output["kl_ref_hidden"] = reference.hidden
+
+    def kl(self, mask: Tensor, ref_hidden: Tensor) -> ExactKL:
+        """(B, T) of the policy, whose scoring was the last: the gradient flows into its hidden states and its head."""
+        scored, self.scored = self.scored[-1], ()
+        assert self.reference_head is not None
+        return exact_kl_of(self.spec, scored, ref_hidden=ref_hidden, ref_head=self.reference_head, mask=mask)
 
 
 @contextmanager
@@ -203,12 +257,12 @@ def recorded(
         setattr(host, KERNEL, kernel)
 
 
-def distribution_problems(trainer: Any) -> list[str]:
+def distribution_problems(spec: KLSpec, accelerator: Any) -> list[str]:
     """Where the head's weight can't be read, or given a gradient, outside of the model's forward pass."""
-    kind = trainer.accelerator.distributed_type
+    kind = accelerator.distributed_type
     if kind in DISTRIBUTED:
         return []
     return [
-        f"kl={trainer.kl_spec.name!r} with {kind.value}: the LM head is sharded where an exact KL reads it, which was "
+        f"kl={spec.name!r} with {kind.value}: the LM head is sharded where an exact KL reads it, which was "
         "not tested; train with plain data parallelism, or use k1_in_reward or k2_as_loss"
     ]

@@ -21,11 +21,9 @@ class KLInGRPO(KLTrainer):
             return super()._compute_loss(model, inputs)
         inputs = dict(inputs)
         added: list[Tensor] = []
-        self._scored = ()
 
         def see(logp: Tensor) -> None:
-            terms = self.compute_kl_terms(logp, inputs)
-            self._log_kl(terms)
+            terms = self._terms_of(logp, inputs)
             term = float(self.beta) * terms.loss
             if self.kl_spec.clip == "combined":
                 advantages = inputs["advantages"]
@@ -45,11 +43,12 @@ class KLInGRPO(KLTrainer):
         return term
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._scored = ()
+        if self._exact is not None:
+            self._exact.forget()
         output = super()._generate_and_score_completions(inputs)
         self._rollout_extras(output)
-        if self._exact and self.beta != 0:
-            self._keep_reference(output)
+        if self._exact is not None and self.beta != 0:
+            self._exact.keep_reference(output)
         if self.kl_spec is not None and self.kl_spec.baseline is not None and self.beta != 0:
             output["kl_baseline"] = self._rollout_baseline(self._rollout_logp(output), output)
         return output
@@ -59,9 +58,11 @@ class KLInGRPO(KLTrainer):
 
         An exact KL needs the policy's distributions, too, which TRL has if it scored with the old policy.
         """
-        for name in () if self._exact and not self._scored else ("sampling_per_token_logps", "old_per_token_logps"):
+        enough = self._exact is None or self._exact.scored
+        for name in ("sampling_per_token_logps", "old_per_token_logps") if enough else ():
             if name in output:
-                return output[name]
+                logp: Tensor = output[name]
+                return logp
         with torch.no_grad():
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 self.model,

@@ -74,7 +74,7 @@ def host_kl_replaced(trainer: Any, term: Callable[[Tensor], Tensor]) -> Iterator
         )
 
 
-def guarded_beta(beta: float) -> HostBeta:
+def guarded_beta(beta: float) -> float:
     """The `beta` of a config or trainer with `kl` set, wherever our own code isn't running: there TRL's KL raises."""
 
     def guarded(_host_kl: Tensor) -> Tensor:

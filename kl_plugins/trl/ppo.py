@@ -10,27 +10,22 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from kl_plugins.core.advantages import refresh_advantages, token_penalty
-from kl_plugins.core.checks import require_policy_scores
-from kl_plugins.core.metrics import next_beta
 from kl_plugins.core.registry import distribution_problems, get_loss
 from kl_plugins.core.spec import KLSpec
-from kl_plugins.core.terms import KLTerms, kl_terms
 from kl_plugins.errors import ConfigError, PatchError, refuse
-from kl_plugins.integration.leave_out import resolve_leave_out
 from kl_plugins.integration.options import LEAVE_OUT_OPTIONS
 from kl_plugins.integration.sampling import model_generation_problems
 from kl_plugins.patching import load_patches
 from kl_plugins.patching.rewrite import HOST, Edit, edited
 from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl.config import KLConfigMixin, TrainerPair, check_trl
-from kl_plugins.trl.controller import BetaCallback, recorder_of
+from kl_plugins.trl.term import KLTermMixin
 
 try:
     from trl.experimental import ppo as host
@@ -41,7 +36,10 @@ except ImportError as error:
         f"PPOTrainer that can be imported ({error}): TRL dropped it after {newest}; install trl=={newest}"
     ) from error
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    from kl_plugins.trl.host import PPOHostTrainer as Host
+else:
+    Host = object
 
 PLACEMENTS = ("auto", "loss", "reward")
 
@@ -214,7 +212,7 @@ class PPOConfig(PPOFields, host.PPOConfig):
     """[`trl.experimental.ppo.PPOConfig`] with the options of `PPOFields`, and what those raise."""
 
 
-class KLInPPO:
+class KLInPPO(KLTermMixin, Host):
     """The methods of `PPOTrainer`, below, for any trainer of TRL that is one of its `PPOTrainer`s."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -222,25 +220,17 @@ class KLInPPO:
         self.start_kl()
 
     def start_kl(self) -> None:
-        """What is to be done once TRL has made the trainer."""
-        spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
-        self.kl_spec: Any = spec_of() if spec_of else None  # KLSpec or None
-        self._kl_recorder = recorder_of(self.accelerator)
+        """Do what is to be done once TRL has made the trainer.
+
+        Raises `ConfigError` for tokens to leave out, or generation options of the model, that can't be.
+        """
         self._kl_scale: Tensor | None = None
         self._kl_moved = False  # whether the policy was updated since the rollout
+        self.start_term(self.stop_token_id)
         if self.kl_spec is not None:
-            self.kl_beta = float(self.args.kl_coef)
-            self.kl_controller = self.args.controller(self.kl_beta)
-            if self.args.kl_controller != "fixed":
-                self.add_callback(BetaCallback(self, self.kl_controller))
-            self._kl_left_out = resolve_leave_out(
-                self.args.kl_leave_out, tokenizer=self.processing_class, eos_token_id=self.stop_token_id
-            )
             if not self.kl_spec.allow_biased:
                 refuse(_generation_problems(self.policy_model.generation_config))
-            gradient = self.kl_spec.gradient_of
-            say = logger.warning if gradient in ("zero", "biased") else logger.info
-            say(f"KL term: {self.kl_spec}; its expected on-policy gradient is {gradient}")
+            self.say_gradient()
 
     def train(self) -> None:
         """TRL's; with `kl` set, with the four statements of `EDITS` changed."""
@@ -249,23 +239,13 @@ class KLInPPO:
         else:
             train_with_kl()(self)
 
-    def compute_kl_terms(
-        self, logp: Tensor, old_logp: Tensor, ref_logp: Tensor, mask: Tensor, **left_out: Any
-    ) -> KLTerms:
-        """The KL of sampled completions, all (B, T). Override it to experiment with terms of your own.
-
-        TRL fills masked positions with the number 1 (no log-prob); what they hold doesn't matter. `left_out` are the
-        masks of `kl_leave_out`, if it is set.
-        """
-        require_policy_scores(self.kl_spec, logp=logp, mask=mask, host="TRL")
-        return kl_terms(self.kl_spec, logp=logp, ref_logp=ref_logp, mask=mask, behavior_logp=old_logp, **left_out)
-
     def _kl_reward(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
         """(B, T). What the KL adds to the rewards of a rollout: minus its cost, or 0 if it is in the loss."""
         self._kl_moved = False
         if not self.args.kl_in_reward:
             return torch.zeros_like(logp)
-        return -self.kl_beta * token_penalty(self.kl_spec, self.compute_kl_terms(logp, logp, ref_logp, mask))
+        terms = self.compute_kl_terms(logp=logp, ref_logp=ref_logp, mask=mask, behavior_logp=logp)
+        return -self.kl_beta * token_penalty(self.kl_spec, terms)
 
     def _kl_whitened(self, raw: Tensor, whitened: Tensor, mask: Tensor) -> Tensor:
         """`whitened`, TRL's own, after what it multiplied the (B, T) advantages with was read off it.
@@ -283,19 +263,21 @@ class KLInPPO:
         """(B, T) advantages of a micro-batch with the KL of the current policy in them; see `refresh_advantages`."""
         if not self.args.kl_in_reward:
             return advantages
-        now = self.compute_kl_terms(logp, old_logp, ref_logp, mask)
+        rollout = {"ref_logp": ref_logp, "mask": mask, "behavior_logp": old_logp}
+        now = self.compute_kl_terms(logp=logp, **rollout)
         self._kl_recorder.add(now, self.kl_beta)
         if not self._kl_moved:  # the policy is that of the rollout: nothing but rounding has changed
             self._kl_moved = self.accelerator.sync_gradients  # of this micro-batch comes an update
             return advantages
-        then = self.compute_kl_terms(old_logp, old_logp, ref_logp, mask)
+        assert self._kl_scale is not None  # they were whitened
+        then = self.compute_kl_terms(logp=old_logp, **rollout)
         return refresh_advantages(
             advantages,
             spec=self.kl_spec,
             now=now,
             then=then,
             discount=self.args.gamma * self.args.lam,
-            scale=self.kl_beta * self._kl_scale.to(advantages.dtype),  # type: ignore[union-attr]
+            scale=self.kl_beta * self._kl_scale.to(advantages.dtype),
             normalized=True,
         )
 
@@ -303,20 +285,19 @@ class KLInPPO:
         """(B, T). What the KL adds to the loss of each token of a micro-batch: 0 if it is in the reward."""
         if self.args.kl_in_reward:
             return torch.zeros_like(logp.detach())
-        masks = self._kl_left_out.masks(token_ids, mask)
-        terms = self.compute_kl_terms(logp, old_logp, ref_logp, mask, **masks)
+        terms = self.compute_kl_terms(
+            logp=logp,
+            ref_logp=ref_logp,
+            mask=mask,
+            behavior_logp=old_logp,
+            **self._kl_left_out.masks(token_ids, mask),
+        )
         self._kl_recorder.add(terms, self.kl_beta)
         return self.kl_beta * terms.loss
 
     def set_beta(self, beta: float) -> None:
         """Use another coefficient from the next rollout on."""
         self.kl_beta = beta
-
-    def control_beta(self) -> None:
-        """One update of the controller, on the tokens of all processes' updates of this rollout."""
-        sums = self._kl_recorder.since_update()
-        if sums is not None:
-            self.set_beta(next_beta(self.kl_controller, sums))
 
     def kl_metrics(self) -> dict[str, float]:
         """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""

@@ -17,10 +17,12 @@ import trl.trainer.utils as trl_utils
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kl_plugins.errors import ConfigError, refuse
 from kl_plugins.integration.tokenizers import require_one_tokenizer
+from kl_plugins.trl.host import OnlineTrainer
 
 ADAPTER = "adapter:"
 STATE_FILE = "kl_reference.safetensors"
@@ -47,10 +49,11 @@ def adapters_of(given: Collection[Any]) -> set[str]:
     return {name for each in given if isinstance(each, torch.nn.Module) for name in getattr(each, "peft_config", ())}
 
 
-def start_reference(trainer: Any, adapters: Collection[str]) -> None:
+def start_reference(trainer: OnlineTrainer, adapters: Collection[str]) -> MovingReference | None:
     """Give `trainer`, which TRL has just made of a model with these adapters, the reference of its config.
 
-    Raises `ConfigError` for one that the model, its adapters or the way it is distributed don't allow.
+    Returns what moves it, None for one that stays where it is. Raises `ConfigError` for one that the model, its
+    adapters or the way it is distributed don't allow.
     """
     args, peft = trainer.args, is_peft_model(trainer.model)
     asked, distributed = args.kl_reference, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
@@ -80,9 +83,11 @@ def start_reference(trainer: Any, adapters: Collection[str]) -> None:
         trainer.ref_model = load_reference(trainer, asked)
     elif asked is not None and asked.startswith(ADAPTER):
         _use_adapter(_unwrapped(trainer), asked.removeprefix(ADAPTER))
-    if args.kl_reference_every is not None:
-        trainer.kl_reference = MovingReference(trainer)
-        trainer.add_callback(trainer.kl_reference)
+    if args.kl_reference_every is None:
+        return None
+    moving = MovingReference(trainer)
+    trainer.add_callback(moving)
+    return moving
 
 
 class MovingReference(TrainerCallback):
@@ -92,7 +97,7 @@ class MovingReference(TrainerCallback):
     PEFT on the matrices of the adapter. The rollouts that follow are scored with it. It is in checkpoints.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: OnlineTrainer) -> None:
         self.every, self.decay = trainer.args.kl_reference_every, trainer.args.kl_reference_decay
         self._pairs = dict(_pairs(trainer))
         self._exact = {
@@ -100,7 +105,9 @@ class MovingReference(TrainerCallback):
             for name, (reference, _) in self._pairs.items()
         }
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Move, if it is time."""
         if state.global_step % self.every == 0:
             self.move()
@@ -115,13 +122,16 @@ class MovingReference(TrainerCallback):
                 reference.copy_(exact)
 
     def save(self, folder: Path) -> None:
-        """Write it into a checkpoint."""
+        """Write the reference's parameters into the checkpoint `folder`."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self._exact.items()}
         save_file(state, folder / STATE_FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Read it from a checkpoint. `ConfigError` if it holds none, or that of another model."""
+        """Read the reference's parameters from the checkpoint `folder`.
+
+        Raises `ConfigError` if it holds none, or those of another model.
+        """
         path = folder / STATE_FILE
         if not path.exists():
             raise ConfigError(
@@ -136,7 +146,7 @@ class MovingReference(TrainerCallback):
             reference.copy_(state[name])
 
 
-def load_reference(trainer: Any, reference: str | torch.nn.Module) -> Any:
+def load_reference(trainer: OnlineTrainer, reference: str | torch.nn.Module) -> Any:
     """A model, from a path, a hub id or as it is, prepared as TRL prepares its own reference.
 
     Draws no random numbers. Raises `ConfigError` for a model whose tokens are others than the policy's.
@@ -150,11 +160,11 @@ def load_reference(trainer: Any, reference: str | torch.nn.Module) -> Any:
     model = reference if isinstance(reference, torch.nn.Module) else _loaded(trainer, reference)
     if hasattr(trl_utils, "add_fused_lm_head") and not hasattr(model, "kl_reference_head"):  # TRL from 1.15 on
         trl_utils.add_fused_lm_head(model, temperature=trainer.temperature)
-        model.kl_reference_head = True  # type: ignore[assignment]  # it may be used again
+        model.kl_reference_head = True  # it may be used again
     return trainer.accelerator.prepare_model(model.eval(), evaluation_mode=True)
 
 
-def _loaded(trainer: Any, name: str) -> Any:
+def _loaded(trainer: OnlineTrainer, name: str) -> Any:
     processor = trainer.processing_class
     policy_name = trl_utils.get_config_model_id(trainer.model.config)
     same_tokens = require_one_tokenizer(getattr(processor, "tokenizer", processor), policy_name, name)
@@ -186,12 +196,31 @@ def _loaded(trainer: Any, name: str) -> Any:
     return model
 
 
-def save_choice(args: Any, folder: Path) -> None:
-    """Write into a checkpoint which reference the run has."""
-    (folder / CHOICE_FILE).write_text(json.dumps(_choice(args)) + "\n")
+def save_reference(trainer: OnlineTrainer, trial: Any, moving: MovingReference | None) -> None:
+    """Write into the checkpoint that TRL has just saved which reference the run has, and where it has moved to."""
+    if not trainer.args.should_save:
+        return
+    folder = Path(trainer._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+    (folder / CHOICE_FILE).write_text(json.dumps(_choice(trainer.args)) + "\n")
+    if moving is not None:
+        moving.save(folder)
 
 
-def require_choice(args: Any, folder: Path) -> None:
+@contextmanager
+def resumed_reference(trainer: OnlineTrainer, folder: Path, moving: MovingReference | None) -> Iterator[None]:
+    """Around TRL's loading of the checkpoint `folder`: the run goes on with the reference that is saved there.
+
+    Raises `ConfigError` if the run that wrote it had another reference, or none that moves.
+    """
+    _require_choice(trainer.args, folder)
+    adapters = adapters_of([trainer.model])
+    yield
+    _load_trained_adapter(trainer, folder, adapters)
+    if moving is not None:
+        moving.load(folder)
+
+
+def _require_choice(args: Any, folder: Path) -> None:
     """Raise `ConfigError` if the run that wrote this checkpoint had another reference; it may have said nothing."""
     path = folder / CHOICE_FILE
     saved = json.loads(path.read_text()) if path.exists() else _choice(args)
@@ -210,7 +239,7 @@ def _said(choice: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in choice.items())
 
 
-def load_trained_adapter(trainer: Any, checkpoint: str, adapters: Collection[str]) -> None:
+def _load_trained_adapter(trainer: OnlineTrainer, folder: Path, adapters: Collection[str]) -> None:
     """Load the adapter that is trained from a checkpoint that holds the reference's, too.
 
     transformers (5.15) then loads the adapters in subfolders only, and would go on from an untrained one. A reference
@@ -219,21 +248,22 @@ def load_trained_adapter(trainer: Any, checkpoint: str, adapters: Collection[str
     model = _unwrapped(trainer)
     if not is_peft_model(model) or _REF not in model.peft_config:
         return
-    if Path(checkpoint, "adapter_config.json").exists():
-        model.load_adapter(checkpoint, adapter_name=_active(model), is_trainable=True)
+    if Path(folder, "adapter_config.json").exists():
+        model.load_adapter(str(folder), adapter_name=_active(model), is_trainable=True)
     if _REF not in adapters:
         model.delete_adapter(_REF)
 
 
 def _active(model: Any) -> str:
-    return model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+    active = model.active_adapter
+    return str(active if isinstance(active, str) else active[0])
 
 
 def _is_model(asked: str) -> bool:
     return asked != "base" and not asked.startswith(ADAPTER)
 
 
-def _unwrapped(trainer: Any) -> Any:
+def _unwrapped(trainer: OnlineTrainer) -> Any:
     return trainer.accelerator.unwrap_model(trainer.model)
 
 
@@ -271,7 +301,7 @@ def _adapter_names(model: Any, name: str) -> list[tuple[str, str]]:
     return found
 
 
-def _pairs(trainer: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+def _pairs(trainer: OnlineTrainer) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Name, parameter of the reference and parameter of the policy that it follows."""
     model = _unwrapped(trainer)
     if not is_peft_model(model):

@@ -27,13 +27,12 @@ class KLInRLOO(KLTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.kl_spec is None or self.beta == 0:
             return super()._generate_and_score_completions(inputs)
-        self._scored = ()
         scored: list[Tensor] = []  # TRL scores with the policy, then with the reference, and keeps neither
         with self._logps_seen_by(scored.append, times=2), host_kl_replaced(self, torch.zeros_like):
             output = super()._generate_and_score_completions(inputs)
         output["old_per_token_logps"], output["ref_per_token_logps"] = scored
-        if self._exact:
-            self._keep_reference(output)
+        if self._exact is not None:
+            self._exact.keep_reference(output)
         if self._sampling_logps is not None:
             output["sampling_per_token_logps"] = self._sampling_logps.take(like=scored[0])
         self._rollout_extras(output)
@@ -46,11 +45,9 @@ class KLInRLOO(KLTrainer):
             return super()._compute_loss(model, inputs)
         inputs = dict(inputs)
         added: list[Tensor] = []
-        self._scored = ()
 
         def see(logp: Tensor) -> None:
-            terms = self.compute_kl_terms(logp, inputs)
-            self._log_kl(terms)
+            terms = self._terms_of(logp, inputs)
             if self.kl_spec.clip == "combined":  # credit "sequence": one coefficient a row, at its counted tokens
                 coefficient = terms.coefficient.sum(-1) / terms.mask.sum(-1).clamp(min=1)
                 inputs["advantages"] = inputs["advantages"] - float(self.beta) * coefficient

@@ -1,52 +1,51 @@
-"""What our GRPO and RLOO trainers share: the captured log-probs, the rollout baseline and the metrics."""
+"""What our GRPO, RLOO and GMPO trainers share: the captured log-probs, the rollout baseline and the metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from kl_plugins.core.checks import require_policy_scores
 from kl_plugins.core.exact import ExactKL
-from kl_plugins.core.fused_linear_kl import LMHead
-from kl_plugins.core.metrics import next_beta
-from kl_plugins.core.terms import KLTerms, kl_terms, leave_one_out_baseline
+from kl_plugins.core.terms import KLTerms, leave_one_out_baseline
 from kl_plugins.errors import PatchError, refuse
-from kl_plugins.integration.leave_out import equal_reward_rows, resolve_leave_out
+from kl_plugins.integration.leave_out import equal_reward_rows
+from kl_plugins.integration.recorder import Recorder
 from kl_plugins.integration.sampling import model_generation_problems
-from kl_plugins.trl.controller import BetaCallback, recorder_of, say_dropped_controller
-from kl_plugins.trl.exact import Reference, Scored, distribution_problems, exact_kl_of, recorded
+from kl_plugins.trl.controller import say_dropped_controller
+from kl_plugins.trl.exact import ExactScoring, distribution_problems
 from kl_plugins.trl.host_beta import guarded_beta
 from kl_plugins.trl.reference import (
     MovingReference,
     adapters_of,
-    load_trained_adapter,
-    require_choice,
-    save_choice,
+    resumed_reference,
+    save_reference,
     start_reference,
     without_hosts_reference,
 )
+from kl_plugins.trl.term import KLTermMixin, recorder_of
 from kl_plugins.trl.vllm import follow_policy_on_cpu, require_processed_logprobs
+
+if TYPE_CHECKING:
+    from kl_plugins.trl.host import OnlineTrainer as Host
+else:
+    Host = object
 
 logger = logging.get_logger(__name__)
 
 
-class KLTrainer:
+class KLTrainer(KLTermMixin, Host):
     """Mixed into a TRL trainer. `kl_spec` is what `args.kl*` asked for; None leaves every method TRL's own."""
 
     _on_logps: Callable[[Tensor], None] | None = None
     _kl_rewards: Tensor | None = None  # of the rollout at hand, all processes'
     kl_reference: MovingReference | None = None
-    _exact = False  # whether the KL is summed over the vocabulary
-    _scored: tuple[Scored, ...] = ()  # the host's latest scoring passes, if it is
-    _reference_head: LMHead | None = None
-    _compared_with: Reference | None = None  # what the scoring pass of a micro-batch is, if it is
+    _exact: ExactScoring | None = None  # if the KL is summed over the vocabulary
     length_normalized = ""
     """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
 
@@ -58,26 +57,22 @@ class KLTrainer:
         self.start_kl()
 
     def start_kl(self) -> None:
-        """What is to be done once TRL has made the trainer."""
-        self._kl_recorders = {mode: recorder_of(self.accelerator) for mode in ("train", "eval")}
-        spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
-        self.kl_spec: Any = spec_of() if spec_of else None  # KLSpec or None
+        """Do what is to be done once TRL has made the trainer.
+
+        Raises:
+            ConfigError: For what only shows once the model is there: a reference, tokens to leave out, generation
+                options of the model, or a way of distributing it that the configuration can't have.
+        """
+        self.start_term(getattr(self.model.generation_config, "eos_token_id", None))
+        self._kl_eval_recorder = recorder_of(self.accelerator)
         if self.use_vllm:
             follow_policy_on_cpu(self.vllm_generation)
         if self.kl_spec is not None:
-            self.set_beta(float(self.args.beta))
-            self.kl_controller = self.args.controller(float(self.args.beta))
-            start_reference(self, self._kl_adapters)
-            if self.args.kl_controller != "fixed":
-                self.add_callback(BetaCallback(self, self.kl_controller))
-            self._kl_left_out = resolve_leave_out(
-                self.args.kl_leave_out,
-                tokenizer=getattr(self.processing_class, "tokenizer", self.processing_class),
-                eos_token_id=getattr(self.model.generation_config, "eos_token_id", None),
-            )
+            self.kl_reference = start_reference(self, self._kl_adapters)
             self._check_sampling()
-            self._exact = bool(self.kl_spec.loss.exact)
-            refuse(distribution_problems(self) if self._exact else [])
+            if self.kl_spec.loss.exact:
+                refuse(distribution_problems(self.kl_spec, self.accelerator))
+                self._exact = ExactScoring(self.kl_spec)
             self._say_what_is_trained()
 
     def _check_sampling(self) -> None:
@@ -89,12 +84,10 @@ class KLTrainer:
             refuse(model_generation_problems(self.model.generation_config))
 
     def _say_what_is_trained(self) -> None:
-        gradient = self.kl_spec.gradient_of
-        say = logger.warning if gradient in ("zero", "biased") else logger.info
         kept = " of the tokens that are not left out" if self._kl_left_out.token_ids else ""
         if self.args.kl_leave_out_equal_rewards:
             kept += ", on the groups whose rewards differ (a choice that depends on what was drawn)"
-        say(f"KL term: {self.kl_spec}; its expected on-policy gradient is {gradient}{kept}")
+        self.say_gradient(kept)
         loss_type = getattr(self.args, "loss_type", None)
         by_length = self.length_normalized or (f"loss_type={loss_type!r}" if loss_type in ("grpo", "sapo") else "")
         if by_length:
@@ -103,23 +96,21 @@ class KLTrainer:
                 "gradient where lengths vary; 'dr_grpo', 'luspo' and RLOO divide by a constant"
             )
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._exact or self.beta == 0:  # then no term takes what would be kept
+    def _get_per_token_logps_and_entropies(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        exact = self._exact if self.beta != 0 else None  # with a beta of 0 no term takes what would be kept
+        with nullcontext() if exact is None else exact.recording(*args, **kwargs):
             scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        else:
-            with recorded(self._compared_with, *args, **kwargs) as passes:
-                scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            self._scored += (passes.together(),)
         if self._on_logps is not None:
             self._on_logps(scored[0])
         return scored
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's. `PatchError`, before the optimizer's step, if none of our terms was in the loss."""
-        recorder = self._kl_recorders["train"]
-        before = recorder.added
+        before = self._kl_recorder.added
         loss = super().training_step(*args, **kwargs)
-        if self.kl_spec is not None and self.beta != 0 and recorder.added == before:
+        if self.kl_spec is not None and self.beta != 0 and self._kl_recorder.added == before:
             raise PatchError(
                 f"kl={self.kl_spec.name!r} was asked for, but the loss of {type(self).__name__} was computed without "
                 "it: a subclass must call the compute_loss and _compute_loss of kl_plugins.trl"
@@ -128,25 +119,22 @@ class KLTrainer:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.kl_spec is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            save_choice(self.args, folder)
-            if self.kl_reference is not None:
-                self.kl_reference.save(folder)
+        if self.kl_spec is not None:
+            save_reference(self, trial, self.kl_reference)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        if self.kl_spec is not None:
-            require_choice(self.args, Path(resume_from_checkpoint))
-            say_dropped_controller(self.args, Path(resume_from_checkpoint))
-        adapters = adapters_of([self.model])
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        if self.kl_spec is not None:
-            load_trained_adapter(self, resume_from_checkpoint, adapters)
-        if self.kl_reference is not None:
-            self.kl_reference.load(Path(resume_from_checkpoint))
+        if self.kl_spec is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+            return
+        folder = Path(resume_from_checkpoint)
+        with resumed_reference(self, folder, self.kl_reference):
+            say_dropped_controller(self.args, folder)
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     @contextmanager
-    def _logps_seen_by(self, see: Callable[[Tensor], None], times: int, inputs: dict[str, Any] | None = None):
+    def _logps_seen_by(
+        self, see: Callable[[Tensor], None], times: int, inputs: dict[str, Any] | None = None
+    ) -> Iterator[None]:
         """Show `see` the (B, T) log-probs that the host's own forward passes return while this is active.
 
         With the `inputs` of a micro-batch, an exact KL to the reference is made in these passes.
@@ -158,41 +146,37 @@ class KLTrainer:
             see(logps)
 
         self._on_logps = on_logps
-        if self._exact and inputs is not None and "kl_ref_hidden" in inputs:
-            assert self._reference_head is not None
-            self._compared_with = Reference(
-                hidden=inputs["kl_ref_hidden"], head=self._reference_head, of=self.kl_spec.loss.exact
-            )
         try:
-            yield
+            with nullcontext() if self._exact is None else self._exact.compared(inputs):
+                yield
         finally:
-            self._on_logps = self._compared_with = None
+            self._on_logps = None
         if len(seen) != times:
             raise PatchError(
                 f"{type(self).__name__} was expected to score the completions {times} times here, found {len(seen)}: "
                 "install a tested version of TRL or set kl=None"
             )
 
-    def compute_kl_terms(self, logp: Tensor, inputs: dict[str, Any]) -> KLTerms:
-        """The KL term of a micro-batch, from the live (B, T) `logp` of the host's own forward pass.
+    def _terms_of(self, logp: Tensor, inputs: dict[str, Any]) -> KLTerms:
+        """The KL term of a micro-batch, from the live (B, T) `logp` of the host's own forward pass; it is recorded.
 
         The behavior policy is the rollout engine where it reported log-probs, else the old policy, else (on-policy)
-        the current one. Override it to experiment with terms of your own.
+        the current one.
         """
         if "ref_per_token_logps" not in inputs:
             raise ValueError("beta was 0 when these completions were generated, so the reference did not score them")
         mask = completion_mask(inputs)
-        require_policy_scores(self.kl_spec, logp=logp, mask=mask, host="TRL")
-        return kl_terms(
-            self.kl_spec,
+        terms = self.compute_kl_terms(
             logp=logp,
             ref_logp=inputs["ref_per_token_logps"],
             mask=mask,
             behavior_logp=inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps")),
             baseline=inputs.get("kl_baseline"),
-            exact=self._exact_kl(mask, inputs["kl_ref_hidden"]) if self._exact else None,
+            exact=None if self._exact is None else self._exact.kl(mask, inputs["kl_ref_hidden"]),
             **self._left_out(inputs),
         )
+        self._recorder().add(terms, float(self.beta))
+        return terms
 
     def _left_out(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The masks of `kl_leave_out` and `kl_leave_out_equal_rewards`, (B, T) each; empty if nothing is left out."""
@@ -228,23 +212,6 @@ class KLTrainer:
     def _group_size(self) -> int:
         return int(self.num_generations if self.model.training else self.num_generations_eval)
 
-    def _exact_kl(self, mask: Tensor, ref_hidden: Tensor) -> ExactKL:
-        """(B, T) of the policy, whose scoring was the last: the gradient flows into its hidden states and its head."""
-        scored, self._scored = self._scored[-1], ()
-        assert self._reference_head is not None
-        return exact_kl_of(self.kl_spec, scored, ref_hidden=ref_hidden, ref_head=self._reference_head, mask=mask)
-
-    def _keep_reference(self, output: dict[str, Any]) -> None:
-        """Put the reference's hidden states, its pass at rollout being the last, into the batch as `kl_ref_hidden`.
-
-        (B, T, H) numbers in the reference's dtype for every token that waits to be trained on. They are shuffled and
-        split as all that TRL keeps of a rollout, and save the reference's second pass.
-        """
-        *policy, reference = self._scored
-        self._scored = tuple(policy) if self.kl_spec.baseline is not None else ()
-        self._reference_head = reference.head
-        output["kl_ref_hidden"] = reference.hidden
-
     def _rollout_baseline(self, logp: Tensor, inputs: dict[str, Any]) -> Tensor:
         """(B, T) leave-one-out baselines from the log-probs at rollout.
 
@@ -253,9 +220,9 @@ class KLTrainer:
         """
         ref_logp, mask = inputs["ref_per_token_logps"], completion_mask(inputs)
         exact = {}
-        if self._exact:
+        if self._exact is not None:
             with torch.no_grad():
-                exact["exact"] = self._exact_kl(mask, inputs["kl_ref_hidden"]).value
+                exact["exact"] = self._exact.kl(mask, inputs["kl_ref_hidden"]).value
         logp = torch.where(logp.isnan(), ref_logp, logp)  # a token the engine did not score
         group_size = self._group_size()
         if group_size < 2:  # evaluation may generate one completion a prompt
@@ -265,32 +232,22 @@ class KLTrainer:
         pooled = torch.stack([tensor.to(logp.dtype) for tensor in tensors.values()], dim=-1)
         pooled = self.accelerator.gather(self.accelerator.pad_across_processes(pooled, dim=1))
         whole: dict[str, Any] = dict(zip(tensors, pooled.unbind(-1), strict=True))
-        if self._exact:
+        if "exact" in whole:
             kl = whole["exact"]
             whole["exact"] = ExactKL(value=kl, outside=torch.zeros_like(kl).bool(), of=self.kl_spec.loss.exact)
         baseline = leave_one_out_baseline(self.kl_spec, **whole, group_size=group_size)
         first = rows * self.accelerator.process_index
         return baseline[first : first + rows, :length]
 
-    def _log_kl(self, terms: KLTerms) -> None:
-        """Add a micro-batch to what the next log reports."""
-        self._kl_recorders[self._mode()].add(terms, float(self.beta))
-
     def set_beta(self, beta: float) -> None:
         """Use another coefficient from the next micro-batch on."""
         self.beta = guarded_beta(beta)
-
-    def control_beta(self) -> None:
-        """One update of the controller, on the training tokens of all processes since the last one."""
-        sums = self._kl_recorders["train"].since_update()
-        if sums is not None:
-            self.set_beta(next_beta(self.kl_controller, sums))
 
     def kl_metrics(self) -> dict[str, float]:
         """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
         if self.kl_spec is None:
             return {}
-        return self._kl_recorders[self._mode()].metrics(
+        return self._recorder().metrics(
             beta=float(self.beta),
             own_weights=self.kl_spec.clip != "combined",  # else TRL's own ratio and clip apply, and are logged by TRL
             leaves_out=self.args.leaves_out(),
@@ -298,15 +255,16 @@ class KLTrainer:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's, after the `kl/*` numbers have joined its metrics."""
+        mode = "train" if self.model.training else "eval"
         for name, value in self.kl_metrics().items():
-            self._metrics[self._mode()][name].append(value)
+            self._metrics[mode][name].append(value)
         super().log(logs, *args, **kwargs)
 
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
+    def _recorder(self) -> Recorder:
+        return self._kl_recorder if self.model.training else self._kl_eval_recorder
 
 
 def completion_mask(inputs: dict[str, Any]) -> Tensor:
     """(B, T). Which tokens of a batch the policy drew: not padding, not a tool's."""
-    mask = inputs["completion_mask"]
+    mask: Tensor = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

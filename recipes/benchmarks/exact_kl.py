@@ -74,7 +74,6 @@ def make_batch(trainer, rows: int, tokens: int, vocabulary: int) -> dict[str, to
     ids = torch.randint(3, vocabulary, (rows, tokens + PROMPT), device=device)
     mask = torch.ones_like(ids[:, PROMPT:])
     arguments = ids, torch.ones_like(ids), tokens
-    trainer._scored = ()
     with torch.no_grad():
         logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, *arguments)
         ref_logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, *arguments)
@@ -88,7 +87,7 @@ def make_batch(trainer, rows: int, tokens: int, vocabulary: int) -> dict[str, to
         "old_per_token_logps": logp + 0.1 * torch.randn_like(logp),
         "ref_per_token_logps": ref_logp,
     }
-    trainer._keep_reference(batch)
+    trainer._exact.keep_reference(batch)
     return batch
 
 

@@ -52,7 +52,7 @@ def main(
             },
             rounds=steps,
             prepare=lambda: harness.make_batch(stock, rows, tokens, vocabulary),
-            own=harness.clocked((ours, "compute_kl_terms"), (ours, "_log_kl")),
+            own=harness.clocked((ours, "_terms_of")),
             versions={"trl": trl.__version__},
             output=output,
         )

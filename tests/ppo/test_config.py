@@ -11,7 +11,7 @@ from trl import TrlParser
 from trl.experimental import ppo as stock
 
 from kl_plugins import ConfigError, PatchError, UnknownLossError
-from kl_plugins.trl import ppo
+from kl_plugins.trl import ppo, term
 from kl_plugins.trl.ppo import PPOConfig, PPOTrainer
 
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
@@ -142,8 +142,8 @@ def test_a_train_that_somebody_replaced_is_refused(tmp_path, monkeypatch):
 
 def test_what_is_trained_is_said(make_trainer, monkeypatch):
     said = []
-    monkeypatch.setattr(ppo.logger, "info", said.append)
-    monkeypatch.setattr(ppo.logger, "warning", said.append)
+    monkeypatch.setattr(term.logger, "info", said.append)
+    monkeypatch.setattr(term.logger, "warning", said.append)
     trainer = make_trainer(PPOTrainer, kl="k3_as_loss")
     assert trainer.kl_spec.gradient_of == "local_forward_kl"
     assert "local_forward_kl" in said[-1]

@@ -16,9 +16,9 @@ COUNT = int(MASK.sum())
 class Recording(PPOTrainer):
     """Keeps what the hooks were given and gave."""
 
-    def compute_kl_terms(self, logp, old_logp, ref_logp, mask, **left_out):
-        terms = super().compute_kl_terms(logp, old_logp, ref_logp, mask, **left_out)
-        vars(self).setdefault("seen", []).append((logp, old_logp, ref_logp, mask, terms))
+    def compute_kl_terms(self, *, logp, ref_logp, mask, behavior_logp, **more):
+        terms = super().compute_kl_terms(logp=logp, ref_logp=ref_logp, mask=mask, behavior_logp=behavior_logp, **more)
+        vars(self).setdefault("seen", []).append((logp, behavior_logp, ref_logp, mask, terms))
         return terms
 
     def _kl_advantages(self, advantages, *inputs):
@@ -156,10 +156,13 @@ def test_what_masked_positions_hold_does_not_matter(moved, rollout):
     """They get TRL's sentinel before we see them; were it NaN, nothing would change."""
 
     class Poisoned(Recording):
-        def compute_kl_terms(self, logp, old_logp, ref_logp, mask):
-            poison = torch.full_like(old_logp, torch.nan)
+        def compute_kl_terms(self, *, ref_logp, mask, behavior_logp, **more):
+            poison = torch.full_like(behavior_logp, torch.nan)
             return super().compute_kl_terms(
-                logp, torch.where(mask, old_logp, poison), torch.where(mask, ref_logp, poison), mask
+                ref_logp=torch.where(mask, ref_logp, poison),
+                mask=mask,
+                behavior_logp=torch.where(mask, behavior_logp, poison),
+                **more,
             )
 
     _, clean = moved(kl="k2_as_loss")
@@ -245,10 +248,10 @@ def test_nonfinite_reference(make_trainer):
     """An -inf of the reference stops the run, or is dropped and counted; a NaN of the policy always stops it."""
 
     class Broken(PPOTrainer):
-        def compute_kl_terms(self, logp, old_logp, ref_logp, mask):
+        def compute_kl_terms(self, *, ref_logp, **more):
             broken = ref_logp.clone()
             broken[:, 0] = -torch.inf
-            return super().compute_kl_terms(logp, old_logp, broken, mask)
+            return super().compute_kl_terms(ref_logp=broken, **more)
 
     with pytest.raises(ValueError, match="not finite"):
         make_trainer(Broken, kl="k2_as_loss").train()

@@ -79,7 +79,7 @@ def expected_gradient(trainer, others, *, engine_known: bool) -> torch.Tensor:
         }
         if trainer.kl_spec.loss.exact:
             batch["kl_ref_hidden"] = others["reference_hidden"][i : i + 1]
-            trainer._reference_head = others["reference_head"]
+            trainer._exact.reference_head = others["reference_head"]
         if engine_known:
             batch["sampling_per_token_logps"] = others["engine"][i : i + 1]
         total = total + probability[i] * loss_and_gradients(trainer, batch)[1]

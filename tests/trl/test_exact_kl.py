@@ -137,7 +137,7 @@ def test_the_term_is_the_naive_one_and_trains(make_trainer, prompts, covers, cls
     assert len(logs) == 4
     assert all(math.isfinite(value) for entry in logs for key, value in entry.items() if key.startswith("kl/"))
     assert logs[-1]["kl/loss"] > 0  # an exact divergence is never negative
-    assert trainer._scored == ()  # nothing of a forward pass is kept
+    assert trainer._exact.scored == ()  # nothing of a forward pass is kept
 
 
 @pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
@@ -146,7 +146,7 @@ def test_nothing_is_kept_once_beta_is_0(make_trainer, cls):
     trainer = make_trainer(cls, kl="exact_in_reward", num_iterations=2, max_steps=4, **schedule)
     trainer.train()
     assert trainer.beta == 0
-    assert trainer._scored == ()
+    assert trainer._exact.scored == ()
 
 
 @pytest.mark.parametrize("cls", [GRPOTrainer, RLOOTrainer])
@@ -235,8 +235,8 @@ def test_a_head_in_float32_on_a_model_in_bfloat16(make_trainer, prompts):
 def test_under_autocast_heads_round_as_trls_kernel(make_trainer, prompts, cls):
     trainer = make_trainer(cls, kl="exact_in_reward", bf16=True)
     batch = rollout(trainer, prompts)
-    assert trainer._reference_head.dtype == torch.bfloat16
-    assert trainer._reference_head.weight.dtype == torch.float32
+    assert trainer._exact.reference_head.dtype == torch.bfloat16
+    assert trainer._exact.reference_head.weight.dtype == torch.float32
     _, found = kl_part(trainer, batch)
     assert_close(found, dense(trainer, batch), 5e-2)
 
@@ -450,7 +450,7 @@ def test_logits_are_never_written_out(make_trainer, variant, monkeypatch):
     with torch.no_grad():
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, torch.ones_like(ids), 40)
-    trainer._keep_reference(batch)
+    trainer._exact.keep_reference(batch)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     with Largest() as seen:

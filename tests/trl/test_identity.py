@@ -19,8 +19,8 @@ UNCLIPPED = [0.0, float("inf")]
 class K3TimesRatio(GRPOTrainer):
     """TRL's own KL, `k3` times the differentiated ratio, rebuilt from our surrogate: its gradient is rho * u."""
 
-    def compute_kl_terms(self, logp, inputs):
-        terms = super().compute_kl_terms(logp, inputs)  # k2_as_loss, unclipped token weights: rho * u
+    def compute_kl_terms(self, *, logp, **more):
+        terms = super().compute_kl_terms(logp=logp, **more)  # k2_as_loss, unclipped token weights: rho * u
         value = terms.weight * k3(terms.log_ratio)
         return replace(terms, loss=surrogate(logp=logp, value=value, score_coefficient=terms.score_coefficient))
 
@@ -28,8 +28,8 @@ class K3TimesRatio(GRPOTrainer):
 class K3Detached(GRPOTrainer):
     """The wrong twin: the same value, but the ratio is not differentiated."""
 
-    def compute_kl_terms(self, logp, inputs):
-        terms = super().compute_kl_terms(logp, inputs)
+    def compute_kl_terms(self, *, logp, **more):
+        terms = super().compute_kl_terms(logp=logp, **more)
         u, rho = terms.log_ratio, terms.weight
         return replace(terms, loss=surrogate(logp=logp, value=rho * k3(u), score_coefficient=-rho * (-u).expm1()))
 

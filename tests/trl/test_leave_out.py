@@ -26,9 +26,13 @@ def test_a_run_says_what_is_left_out(make_trainer, cls):
     seen = []
 
     class Watched(cls):
-        def compute_kl_terms(self, logp, inputs):
-            terms = super().compute_kl_terms(logp, inputs)
-            ends = (inputs["completion_ids"] == 1) & inputs["completion_mask"].bool()
+        def _compute_loss(self, model, inputs):
+            self.micro_batch = inputs
+            return super()._compute_loss(model, inputs)
+
+        def compute_kl_terms(self, **tensors):
+            terms = super().compute_kl_terms(**tensors)
+            ends = (self.micro_batch["completion_ids"] == 1) & self.micro_batch["completion_mask"].bool()
             assert torch.equal(terms.left_out, ends)
             seen.append((int(ends.sum()), int(terms.mask.sum())))
             return terms
@@ -69,9 +73,13 @@ def test_groups_of_equal_rewards(make_trainer, cls, baseline):
             assert output["kl_equal_rewards"].tolist() == expected
             return output
 
-        def compute_kl_terms(self, logp, inputs):
-            terms = super().compute_kl_terms(logp, inputs)
-            equal = inputs["kl_equal_rewards"]
+        def _compute_loss(self, model, inputs):
+            self.micro_batch = inputs
+            return super()._compute_loss(model, inputs)
+
+        def compute_kl_terms(self, **tensors):
+            terms = super().compute_kl_terms(**tensors)
+            equal = self.micro_batch["kl_equal_rewards"]
             assert torch.equal(terms.left_out, terms.mask & equal[:, None])
             assert terms.score_coefficient[equal].abs().max() == 0 if equal.any() else True
             seen.append(equal.float().mean().item())
@@ -96,7 +104,7 @@ def test_groups_of_equal_rewards(make_trainer, cls, baseline):
 def test_the_first_token(make_trainer):
     trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_leave_out=["first", "eos"])
     batch = micro_batch(trainer)
-    terms = trainer.compute_kl_terms(batch["old_per_token_logps"].clone().requires_grad_(), batch)
+    terms = trainer._terms_of(batch["old_per_token_logps"].clone().requires_grad_(), batch)
     assert terms.left_out[:, 0].all()
     assert terms.coefficient[:, 0].abs().max() > 0  # it answers for what follows
 
@@ -106,7 +114,7 @@ def test_the_first_token_is_the_first_that_the_policy_drew(make_trainer):
     batch = micro_batch(trainer, ragged=False)
     tool = batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
     tool[0, :2] = tool[1, 1:3] = tool[2] = 0
-    terms = trainer.compute_kl_terms(batch["old_per_token_logps"], batch)
+    terms = trainer._terms_of(batch["old_per_token_logps"], batch)
     assert torch.equal(terms.mask, tool.bool())
     assert terms.left_out.nonzero().tolist() == [[0, 2], [1, 0], *([row, 0] for row in range(3, 8))]
 

@@ -54,9 +54,9 @@ def recording(cls):
     """The same trainer; `seen` gets each micro-batch, `policies` the policy that the optimizer left."""
 
     class Recording(cls):
-        def compute_kl_terms(self, logp, inputs):
+        def _compute_loss(self, model, inputs):
             vars(self).setdefault("seen", []).append(dict(inputs))
-            return super().compute_kl_terms(logp, inputs)
+            return super()._compute_loss(model, inputs)
 
     Recording.__name__ = cls.__name__
     return Recording

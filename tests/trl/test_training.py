@@ -286,8 +286,8 @@ def test_the_policy_moves_on_but_the_baseline_stays(make_trainer, cls):
     terms = []
     compute = trainer.compute_kl_terms
 
-    def recorded(logp, inputs):
-        terms.append(compute(logp, inputs))
+    def recorded(**tensors):
+        terms.append(compute(**tensors))
         return terms[-1]
 
     trainer.compute_kl_terms = recorded
