@@ -66,6 +66,7 @@ def test_only_the_package_and_its_patches_are_inside(wheel):
     rooms = {name.split("/")[1] for name in names if name.count("/") > 1 and name.startswith("kl_plugins/")}
     there = {path.name for path in (ROOT / "kl_plugins").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms == there | {"_patches"}
+    assert not [name for name in names if "scoreboard" in name]
     assert {"kl_plugins/_patches/trl.toml", "kl_plugins/_patches/openrlhf.toml", "kl_plugins/py.typed"} <= set(names)
 
 
