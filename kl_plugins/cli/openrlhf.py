@@ -31,6 +31,8 @@ def openrlhf(context: typer.Context, dry_run: bool, **options: Any) -> None:
         try:
             launch(OpenRLHFOptions(**options), context.args, dry_run=dry_run)
         except ModuleNotFoundError as error:
+            if error.name is None:  # of a worker, in Ray's words: that is no import of this process
+                raise
             raise PatchError(import_failure("openrlhf", error)) from error
 
 

@@ -130,6 +130,15 @@ def test_openrlhf_refuses_a_configuration_before_it_imports_anything(monkeypatch
     )
 
 
+def test_an_import_that_failed_in_a_worker_is_not_said_to_be_the_drivers(monkeypatch):
+    def launch(*arguments, **options):
+        raise ModuleNotFoundError("No module named 'kl_plugins'")  # as Ray raises it: without a name
+
+    monkeypatch.setattr(driver, "launch", launch)
+    result = CliRunner().invoke(app, ["openrlhf", "--kl", "k2_as_loss"])
+    assert isinstance(result.exception, ModuleNotFoundError)
+
+
 def test_doctor_refuses_what_the_environment_asks_for(monkeypatch):
     monkeypatch.setenv(driver.OPTIONS, "--kl k1_as_loss")
     monkeypatch.setenv(driver.RAY_HOOK, driver.HOOK)
