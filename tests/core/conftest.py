@@ -13,15 +13,14 @@ from kl_plugins import oracle
 
 # name -> seed, strength, scale of the logits, positions drawn by the environment
 CASES = {
-    "mild": (0, 1.0, 1.0, ()),
     "steered": (1, 2.0, 1.0, ()),
     "steered-more": (2, 3.0, 1.0, ()),
-    "another-seed": (7, 2.0, 1.0, ()),
     "peaked": (3, 3.0, 3.0, ()),
     "tool": (4, 2.0, 1.0, (1,)),
     "two-tools": (5, 3.0, 1.0, (0, 2)),
 }
-STRUCTURED = ("steered", "steered-more", "another-seed")
+ONE_OF_EACH_KIND = ("steered", "peaked", "two-tools")
+STRUCTURED = ("steered", "steered-more")
 
 
 @cache
@@ -127,9 +126,9 @@ def exact():
     )
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=ONE_OF_EACH_KIND)
 def case(request):
-    """Every policy: mild, steered, peaked, and with environment tokens; all ragged."""
+    """Policies of every kind: steered, peaked, and with environment tokens; all ragged."""
     return make_case(request.param)
 
 

@@ -7,15 +7,26 @@ import pytest
 import torch
 from numerics import SAMPLED
 
-from kl_plugins import ConfigError, KLSpec, kl_terms, surrogate
+from kl_plugins import ConfigError, ExactKL, KLSpec, kl_terms, surrogate
 from kl_plugins.core import registry
+from kl_plugins.core.checks import require_policy_scores
+from kl_plugins.core.spec import BASELINES, CLIPS, OFF_POLICY
 
-EVERY_SPEC = [
-    {"name": name, "credit": credit, "off_policy": off, "clip": clip, "baseline": baseline}
-    for name in SAMPLED
-    for credit in registry.LOSSES[name].gradient_of
-    for off, clip in (("none", None), ("token", None), ("token", "separate"), ("prefix", None), ("sequence", None))
-    for baseline in (None, "leave_one_out")
+# Each way through `kl_terms` once: coefficients, credits, weights, clip and baseline. hypothesis mixes them, in
+# test_properties.py.
+EVERY_BRANCH = [
+    {"name": "k1_as_loss", "off_policy": "none"},
+    {"name": "k2_as_loss"},
+    {"name": "k2_as_loss", "clip": "separate"},
+    {"name": "k2_as_loss", "credit": "sequence", "off_policy": "prefix"},
+    {"name": "k3_as_loss", "off_policy": "prefix"},
+    {"name": "k3_as_loss", "clip": "combined", "baseline": "leave_one_out"},
+    {"name": "k1_in_reward", "off_policy": "prefix", "baseline": "leave_one_out"},
+    {"name": "k1_in_reward", "off_policy": "sequence"},
+    {"name": "k1_in_reward", "credit": "sequence", "baseline": "leave_one_out"},
+    {"name": "k2_in_reward", "off_policy": "sequence", "baseline": "leave_one_out"},
+    {"name": "k3_in_reward", "off_policy": "none", "baseline": "leave_one_out"},
+    {"name": "k3_in_reward", "off_policy": "prefix"},
 ]
 OUTPUTS = ("loss", "value", "coefficient", "weight", "score_coefficient", "log_ratio", "mask", "cut", "unscored")
 K2 = KLSpec.from_name("k2_as_loss")
@@ -47,7 +58,16 @@ def assert_same(found, expected):
         assert torch.equal(getattr(found, output), getattr(expected, output)), output
 
 
-@pytest.mark.parametrize("options", EVERY_SPEC, ids=name_of)
+def test_every_branch_is_tested():
+    """What the list below would miss if a loss or an option were added."""
+    specs = [KLSpec.from_name(**options, allow_biased=True) for options in EVERY_BRANCH]
+    assert {spec.name for spec in specs} == set(SAMPLED)
+    assert {spec.credit for spec in specs} == set(registry.CREDITS)
+    for option, offered in {"off_policy": OFF_POLICY, "baseline": BASELINES, "clip": CLIPS}.items():
+        assert {getattr(spec, option) for spec in specs} == set(offered)
+
+
+@pytest.mark.parametrize("options", EVERY_BRANCH, ids=name_of)
 def test_masked_positions_contribute_exactly_nothing(options):
     spec = KLSpec.from_name(**options, allow_biased=True)
     clean = batch()
@@ -122,7 +142,7 @@ def test_non_finite_counted_tokens_are_an_error_that_says_where(where, junk):
         kl_terms(K2, **inputs)
 
 
-@pytest.mark.parametrize("options", EVERY_SPEC[::3], ids=name_of)
+@pytest.mark.parametrize("options", EVERY_BRANCH[::3], ids=name_of)
 def test_dropping_is_masking_and_is_counted(options):
     spec = KLSpec.from_name(**options, allow_biased=True, nonfinite="drop")
     inputs = batch()
@@ -139,8 +159,11 @@ def test_dropping_is_masking_and_is_counted(options):
     assert not expected.dropped.any()
 
 
-@pytest.mark.parametrize("wrong", ["logp", "ref_logp", "mask", "behavior_logp"])
-@pytest.mark.parametrize("shape", [(4, 6), (3, 5), (1, 5), (4, 1), (5,), (4, 5, 1)])
+WRONG_SHAPES = [("mask", shape) for shape in ((4, 6), (3, 5), (1, 5), (4, 1), (5,), (4, 5, 1))]
+WRONG_SHAPES += [(name, (4, 1)) for name in ("logp", "ref_logp", "behavior_logp")]  # which would broadcast
+
+
+@pytest.mark.parametrize(("wrong", "shape"), WRONG_SHAPES)
 def test_shapes_must_be_the_same(wrong, shape):
     inputs = batch()
     inputs[wrong] = torch.zeros(shape, requires_grad=wrong == "logp")
@@ -214,7 +237,7 @@ def test_given_baseline_that_is_not_used_is_refused():
         kl_terms(KLSpec.from_name("k1_in_reward"), **batch(), baseline=torch.zeros(4, 5))
 
 
-@pytest.mark.parametrize("options", EVERY_SPEC, ids=name_of)
+@pytest.mark.parametrize("options", EVERY_BRANCH[::3], ids=name_of)
 def test_fully_masked_is_zero_with_a_graph(options):
     spec = KLSpec.from_name(**options, allow_biased=True)
     inputs = batch()
@@ -231,23 +254,15 @@ def test_fully_masked_is_zero_with_a_graph(options):
     assert torch.equal(gradient, torch.zeros(4, 5))
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (0, 0), (4, 0)])
-@pytest.mark.parametrize("options", EVERY_SPEC, ids=name_of)
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)], ids=str)
+@pytest.mark.parametrize("options", [*EVERY_BRANCH, {"name": "exact_in_reward", "off_policy": "prefix"}], ids=name_of)
 def test_empty_batch_is_zero_with_a_graph(options, shape):
-    if options["baseline"] is None or shape[1]:  # the rest is the next test
-        assert_zero_with_a_graph(options, shape)
-
-
-@pytest.mark.parametrize("shape", [(0, 0), (4, 0)])
-def test_empty_tokens_with_leave_one_out_are_zero_with_a_graph(shape):
-    assert_zero_with_a_graph({"name": "k1_in_reward", "baseline": "leave_one_out"}, shape)
-
-
-def assert_zero_with_a_graph(options, shape):
     logp = torch.zeros(shape, requires_grad=True)
     spec = KLSpec.from_name(**options, allow_biased=True)
+    kl = ExactKL(value=torch.zeros(shape), outside=torch.zeros(shape, dtype=torch.bool), of="reverse_kl")
     terms = kl_terms(
         spec,
+        exact=kl if spec.loss.exact else None,
         logp=logp,
         ref_logp=torch.zeros(shape),
         behavior_logp=torch.zeros(shape),
@@ -344,3 +359,12 @@ def test_behavior_equal_to_the_policy_is_on_policy():
         same, _ = differentiate(spec, dict(on_policy, behavior_logp=inputs["logp"].detach()))
         assert_same(same, without)
         assert torch.equal(without.weight, inputs["mask"].float())
+
+
+def test_a_nan_of_the_policy_is_not_dropped_in_silence():
+    """`kl_terms` would drop the token; the host's own loss, which knows nothing of it, would not."""
+    drop, logp = KLSpec.from_name("k2_as_loss", nonfinite="drop"), torch.tensor([[-1.0, math.nan]])
+    with pytest.raises(ValueError, match="hold a NaN, which TRL's own loss would spread"):
+        require_policy_scores(drop, logp=logp, mask=torch.ones(1, 2), host="TRL")
+    require_policy_scores(drop, logp=logp, mask=torch.tensor([[1, 0]]), host="TRL")
+    require_policy_scores(drop, logp=torch.full((1, 2), -math.inf), mask=torch.ones(1, 2), host="TRL")

@@ -33,10 +33,12 @@ IN_FLOAT64 = {  # coefficient and value before credit
     "k3_in_reward": (k3, k3),
 }
 SMALL_LIMIT = torch.finfo(torch.float32).tiny
+# Every loss, and in half precision, which differs by a cast on the way in and out, those with the widest coefficients.
+LOSS_AND_DTYPE = [(name, torch.float32) for name in IN_FLOAT64]
+LOSS_AND_DTYPE += [(name, dtype) for dtype in DTYPES[1:] for name in ("k2_as_loss", "k3_as_loss", "k2_in_reward")]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", IN_FLOAT64)
+@pytest.mark.parametrize(("name", "dtype"), LOSS_AND_DTYPE)
 def test_coefficient_agrees_with_float64(name, dtype):
     logp, ref_logp = one_column(LOG_RATIOS, dtype)
     terms, gradient = differentiate(spec_of(name), logp, ref_logp)
@@ -48,8 +50,7 @@ def test_coefficient_agrees_with_float64(name, dtype):
         assert torch.equal(gradient, terms.score_coefficient)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", IN_FLOAT64)
+@pytest.mark.parametrize(("name", "dtype"), LOSS_AND_DTYPE)
 def test_gradient_agrees_with_float64_to_the_inputs_rounding(name, dtype):
     """Autograd hands a half-precision leaf its gradient rounded once to that precision."""
     logp, ref_logp = one_column(LOG_RATIOS, dtype)
@@ -62,7 +63,7 @@ def test_gradient_agrees_with_float64_to_the_inputs_rounding(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["k2_as_loss", "k3_as_loss", "k2_in_reward", "k3_in_reward"])
+@pytest.mark.parametrize("name", ["k2_as_loss", "k3_as_loss"])
 def test_value_is_the_unweighted_estimate(name, dtype):
     """For logging, so k3 may cancel to the rounding of its terms; no weight, credit, bound or baseline is in it."""
     logp, ref_logp = one_column(LOG_RATIOS, dtype)
@@ -115,8 +116,7 @@ def test_log_ratio_of_half_precision_is_taken_in_float32():
     assert (logp - ref_logp).item() != -40.2421875
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", IN_FLOAT64)
+@pytest.mark.parametrize(("name", "dtype"), LOSS_AND_DTYPE)
 def test_no_dead_zone(name, dtype):
     size = torch.logspace(-6, 3, 3000)
     logp = torch.cat([size, -size])[:, None].to(dtype)

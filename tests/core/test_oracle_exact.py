@@ -39,7 +39,7 @@ def test_any_head_has_the_gradient_of_the_whole(name, top_k, case, exact):
 
 
 @pytest.mark.parametrize("off", ["prefix", "sequence"])
-@pytest.mark.parametrize("top_k", TOP_K)
+@pytest.mark.parametrize("top_k", [None, 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_off_policy_weights_recover_it(name, top_k, off, case, exact):
     found = gradient(case, name, top_k=top_k, off=off)
@@ -48,7 +48,7 @@ def test_off_policy_weights_recover_it(name, top_k, off, case, exact):
     assert relative_error(unweighted, exact.closed_form(declared(name), case)) > 1e-3
 
 
-@pytest.mark.parametrize("top_k", TOP_K)
+@pytest.mark.parametrize("top_k", [None, 1])
 @pytest.mark.parametrize("name", ["exact_as_loss", "exact_forward_as_loss"])
 def test_token_weights_leave_the_prefixes_of_the_sampler(name, top_k, case, exact):
     """Within a step the sum over the vocabulary is under the policy already: the token's ratio has no part in it."""
@@ -56,7 +56,7 @@ def test_token_weights_leave_the_prefixes_of_the_sampler(name, top_k, case, exac
     assert relative_error(found, exact.closed_form(declared(name), case, prefixes_of=case.behavior)) <= RTOL
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
 @pytest.mark.parametrize("off", [None, "prefix"])
 def test_discounted_it_is_what_k1_in_reward_is(off, gamma, case):
     found, sampled = (gradient(case, name, off=off, gamma=gamma) for name in ("exact_in_reward", "k1_in_reward"))
@@ -145,11 +145,10 @@ TAILS = {
 
 @pytest.mark.parametrize("off", [False, True])
 @pytest.mark.parametrize("name", TAILS)
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_which_coefficient_a_sampled_tail_needs(name, top_k, off, steered, exact):
+def test_which_coefficient_a_sampled_tail_needs(name, off, steered, exact):
     """Fact 7, on- and off-policy; the head is the policy's likeliest tokens."""
     theta, p, r, logp, u, _ = tables(steered)
-    head = torch.zeros_like(p, dtype=torch.bool).scatter(-1, p.detach().topk(top_k).indices, True)
+    head = torch.zeros_like(p, dtype=torch.bool).scatter(-1, p.detach().topk(1).indices, True)
     summed = ((p.exp() * (p - r)) * head).sum(-1)[steered.sequences.prefix]
     outside = ~head[steered.sequences.prefix, steered.sequences.tokens]
     rho = steered.log_rho.exp() if off else torch.ones_like(u)
@@ -158,7 +157,7 @@ def test_which_coefficient_a_sampled_tail_needs(name, top_k, off, steered, exact
     error = relative_error(found, exact.closed_form("local_reverse_kl", steered, prefixes_of=sampler))
     assert error > 1e-3 if name.startswith("wrong") else error <= RTOL
     if name == "right":
-        ours = gradient(steered, "exact_as_loss", top_k=top_k, off="token" if off else None)
+        ours = gradient(steered, "exact_as_loss", top_k=1, off="token" if off else None)
         assert relative_error(found, ours) <= RTOL
 
 
@@ -185,9 +184,8 @@ def test_the_weight_of_a_state_excludes_its_token(inclusive, steered, exact):
     assert relative_error(differentiate(theta, per_token, steered, steered.behavior), wanted) > 1e-2
 
 
-@pytest.mark.parametrize("off", ["token", "prefix", "sequence"])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_a_bucket_has_the_gradient_of_the_coarsened_divergence(top_k, off, steered):
+def test_a_bucket_has_the_gradient_of_the_coarsened_divergence(top_k, steered):
     """Which is a lower bound of the KL, and another gradient: so it is declared biased."""
     for name in ("exact_as_loss", "exact_forward_as_loss"):
         spec = KLSpec.from_name(name, top_k=top_k, tail="bucket", allow_biased=True)
@@ -211,7 +209,7 @@ def test_a_bucket_has_the_gradient_of_the_coarsened_divergence(top_k, off, steer
 
 
 @pytest.mark.parametrize("off", [None, "token", "prefix", "sequence"])
-@pytest.mark.parametrize("top_k", TOP_K)
+@pytest.mark.parametrize("top_k", [None, 1])
 def test_leave_one_out_keeps_the_mean(top_k, off):
     policy, reference, behavior = oracle.structured_policies(SMALL, seed=1, strength=2.0)
     options = {"top_k": top_k} | ({} if off is None else {"off_policy": off, "weight_clip": UNBOUNDED})
@@ -317,11 +315,14 @@ def test_a_policy_whose_sampled_gradient_has_less_variance():
 
 
 def test_how_often_sampling_is_better():
-    """Of random policies about one in twenty: Rao-Blackwellization lowers the variance of each KL, not of each sum."""
+    """Rarely, of random policies: Rao-Blackwellization lowers the variance of each KL, not of each sum.
+
+    recipes/gradients.py counts it on 400 of them.
+    """
     sequences = oracle.enumerate_sequences(2, 3)
     generator = torch.Generator().manual_seed(0)
     ratios = []
-    for _ in range(400):
+    for _ in range(40):
         policy, reference = (
             1.5 * torch.randn(sequences.prefixes, 2, dtype=torch.float64, generator=generator) for _ in range(2)
         )
@@ -331,7 +332,7 @@ def test_how_often_sampling_is_better():
         )
         ratios.append(exactly / sampled)
     ratios.sort()
-    assert sum(ratio > 1 for ratio in ratios) == 21  # as the README says
+    assert 0 < sum(ratio > 1 for ratio in ratios) <= 4
     assert 0.1 < ratios[len(ratios) // 2] < 0.3
 
 
@@ -370,17 +371,13 @@ def computed(spec, inputs, **more):
     )
 
 
-EVERY = [
-    {"name": name, "off_policy": off, "top_k": top_k} | ({"tail": "bucket"} if bucket else {})
-    for name, off, (top_k, bucket) in itertools.product(
-        NAMES, ("none", "token", "prefix", "sequence"), ((None, False), (2, False), (2, True))
-    )
-]
+WHOLE, HEAD, BUCKET = {}, {"top_k": 2}, {"top_k": 2, "tail": "bucket"}
 
 
-@pytest.mark.parametrize("options", EVERY, ids=str)
-def test_masked_positions_contribute_exactly_nothing(options):
-    spec = KLSpec.from_name(**options, allow_biased=True)
+@pytest.mark.parametrize("summed", [WHOLE, HEAD, BUCKET], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_masked_positions_contribute_exactly_nothing(name, summed):
+    spec = KLSpec.from_name(name, off_policy="prefix", allow_biased=True, **summed)
     inputs = batch()
     off = ~inputs["mask"]
     clean = computed(spec, inputs)
@@ -400,21 +397,39 @@ def test_masked_positions_contribute_exactly_nothing(options):
         assert not getattr(clean, name)[off].any()
 
 
-@pytest.mark.parametrize("options", EVERY[::2], ids=str)
-def test_weights_are_bounded_and_their_cuts_counted(options):
-    if options["off_policy"] == "none":
-        return
-    inputs = batch(torch.float64, scale=2.0)
-    scoreless = "as_loss" in options["name"] and (options["top_k"] is None or "tail" in options)
+@pytest.mark.parametrize("summed", [WHOLE, HEAD, BUCKET], ids=str)
+@pytest.mark.parametrize(
+    ("name", "off"), [("exact_as_loss", "prefix"), ("exact_in_reward", "token"), ("exact_in_reward", "sequence")]
+)
+def test_weights_are_bounded_and_their_cuts_counted(name, off, summed):
     for mode in ("truncate", "mask"):
-        given = options | {"allow_biased": True, "weight_clip": (0.5, 1.5), "weight_clip_mode": mode}
-        if scoreless and options["off_policy"] == "token":
-            with pytest.raises(ConfigError, match=r"weight_clip=.* is not used.*weight 1 for off_policy='token'"):
-                KLSpec.from_name(**given)
-            continue
-        terms = computed(KLSpec.from_name(**given), inputs)
+        options = {"off_policy": off, "allow_biased": True, "weight_clip": (0.5, 1.5), "weight_clip_mode": mode}
+        terms = computed(KLSpec.from_name(name, **options, **summed), batch(torch.float64, scale=2.0))
         assert terms.cut.any()
         assert terms.weight.max() <= 1.5
+
+
+@pytest.mark.parametrize("summed", [WHOLE, BUCKET], ids=str)
+@pytest.mark.parametrize("mode", [{"weight_clip": (0.5, 1.5)}, {"weight_clip_mode": "mask"}], ids=str)
+def test_bounds_of_a_weight_that_is_always_1_are_refused(mode, summed):
+    with pytest.raises(ConfigError, match=r"weight_clip.* is not used.*weight 1 for off_policy='token'"):
+        KLSpec.from_name("exact_as_loss", allow_biased=True, **summed, **mode)
+
+
+def test_the_weight_of_an_exact_kl_is_that_of_its_state():
+    """Not the token's own ratio: with it the mean would be the same, E_mu[rho_t] = 1, but not the variance."""
+    inputs = batch(torch.float64)
+
+    def logp(logits):
+        return logits.detach().log_softmax(-1).gather(-1, inputs["tokens"][..., None]).squeeze(-1)
+
+    log_rho = (logp(inputs["logits"]) - logp(inputs["behavior"])).masked_fill(~inputs["mask"], 0)
+    of_state = torch.where(inputs["mask"], (log_rho.cumsum(-1) - log_rho).exp(), 0.0)
+    local = computed(KLSpec.from_name("exact_as_loss", off_policy="prefix", weight_clip=UNBOUNDED), inputs)
+    torch.testing.assert_close(local.weight, of_state)
+    whole = computed(KLSpec.from_name("exact_in_reward", off_policy="prefix", weight_clip=UNBOUNDED), inputs)
+    torch.testing.assert_close(whole.weight, of_state * log_rho.exp())
+    torch.testing.assert_close(whole.score_coefficient, later(of_state * whole.value) * inputs["mask"])
 
 
 @pytest.mark.parametrize("name", NAMES)

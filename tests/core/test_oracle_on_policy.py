@@ -117,7 +117,7 @@ def test_sequence_credit_of_k2_is_half_the_squared_total(case, exact):
     assert relative_error(gradient(case, "k2_as_loss", credit="sequence"), plain) <= RTOL
 
 
-@pytest.mark.parametrize("name", [name for name in registry.LOSSES if "forward" not in name])
+@pytest.mark.parametrize("name", ["k1_in_reward", "k2_as_loss", "k3_as_loss", "exact_in_reward"])
 def test_k1_and_k3_estimate_the_local_reverse_kl(name, case, exact):
     """Exactly in the mean; k2 is biased, which is why it must be judged by its gradient."""
     spec = KLSpec.from_name(name, allow_biased=True)
@@ -127,6 +127,16 @@ def test_k1_and_k3_estimate_the_local_reverse_kl(name, case, exact):
     divergence = (exact.visits(case.policy, case) * (p.exp() * (p - q)).sum(-1)).sum()
     error = abs(float((probability * terms.value.sum(-1)).sum() / divergence) - 1)
     assert error > 1e-3 if name.startswith("k2") else error <= RTOL
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_value_of_a_head_and_its_sampled_tail_is_the_local_forward_kl(top_k, case, exact):
+    spec = KLSpec.from_name("exact_forward_as_loss", top_k=top_k)
+    terms = oracle.terms_of(spec, case.sequences, case.policy, case.reference)
+    probability = oracle.sequence_probability(case.policy, case.sequences, case.environment)
+    p, q = case.policy.log_softmax(-1), case.reference.log_softmax(-1)
+    divergence = (exact.visits(case.policy, case) * (q.exp() * (q - p)).sum(-1)).sum()
+    assert abs(float((probability * terms.value.sum(-1)).sum() / divergence) - 1) <= RTOL
 
 
 WRONG_COEFFICIENTS = {
@@ -156,7 +166,7 @@ def test_local_and_sequence_gradient_differ(steered):
     assert relative_error(local, full) > 0.05
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.99])
 def test_discount_is_written_out(gamma, case, exact):
     found = gradient(case, "k1_in_reward", gamma=gamma)
     assert relative_error(found, exact.by_score(to_go(case.log_ratio, gamma), case)) <= RTOL
@@ -164,7 +174,7 @@ def test_discount_is_written_out(gamma, case, exact):
         assert relative_error(found, gradient(case, "k1_in_reward", credit="token")) <= RTOL
 
 
-@pytest.mark.parametrize("gamma", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("gamma", [0.3, 0.99])
 def test_discounted_gradient_is_neither_local_nor_full(gamma, steered, exact):
     found = gradient(steered, "k1_in_reward", gamma=gamma)
     for of in ("local_reverse_kl", "reverse_kl"):

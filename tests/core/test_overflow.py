@@ -56,10 +56,15 @@ def test_coefficient_bound_leaves_smaller_coefficients_alone():
         spec_of("k2_as_loss", coefficient_bound=7.0)
 
 
-@pytest.mark.parametrize("mode", ["truncate", "mask"])
-@pytest.mark.parametrize("bounds", [(0.0, 10.0), (0.5, 2.0), (0.0, math.inf)])
-@pytest.mark.parametrize("off", ["token", "prefix", "sequence"])
-@pytest.mark.parametrize("name", SAMPLED)
+UNBOUNDED = (0.0, math.inf)
+# Every loss where the product overflows, and every weight with every kind of bound.
+HUGE = [(name, "prefix", UNBOUNDED, "truncate") for name in SAMPLED]
+HUGE += [("k3_as_loss", off, UNBOUNDED, mode) for off in ("token", "sequence") for mode in ("truncate", "mask")]
+HUGE += [("k3_as_loss", off, (0.5, 2.0), "mask") for off in ("token", "prefix", "sequence")]
+HUGE += [("k3_in_reward", "prefix", (0.5, 2.0), "truncate"), ("k3_in_reward", "prefix", UNBOUNDED, "mask")]
+
+
+@pytest.mark.parametrize(("name", "off", "bounds", "mode"), HUGE)
 def test_huge_ratios_stay_finite_and_inside_the_bounds(name, off, bounds, mode):
     log_rho = torch.tensor(
         [[1e3, -1e3, 5.0], [-1e3, 1e3, -5.0], [1e3, 1e3, 1e3], [-1e3, -1e3, -1e3], [88.0, 1.0, 60.0]]

@@ -1,6 +1,7 @@
 """Properties that hold for every configuration and any batch: hypothesis chooses both."""
 
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import given, settings
@@ -59,6 +60,31 @@ def batches(draw, scales=(1e-3, 1.0, 5.0), dtype=torch.float64):
 def differentiate(spec, inputs):
     terms = kl_terms(spec, **inputs, group_size=2)
     return terms, torch.autograd.grad(terms.loss.sum(), inputs["logp"])[0]
+
+
+@example
+@given(specs(), batches(), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 2**31))
+def test_dropping_is_masking(spec, inputs, junk, seed):
+    """A token that the reference could not score is dropped and counted, and leaves no other trace."""
+    bad = torch.rand(inputs["mask"].shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+    expected, expected_gradient = differentiate(spec, dict(inputs, mask=inputs["mask"] * ~bad))
+    broken = dict(inputs, ref_logp=inputs["ref_logp"].masked_fill(bad, junk))
+    found, gradient = differentiate(replace(spec, nonfinite="drop"), broken)
+    for output in OUTPUTS:
+        assert torch.equal(getattr(found, output), getattr(expected, output)), output
+    assert torch.equal(gradient, expected_gradient)
+    assert torch.equal(found.dropped, bad & (inputs["mask"] == 1))
+
+
+@example
+@given(specs(), batches())
+def test_a_masked_row_is_zero_with_a_graph(spec, inputs):
+    mask = inputs["mask"].clone()
+    mask[0] = 0
+    terms, gradient = differentiate(spec, dict(inputs, mask=mask))
+    assert terms.loss.requires_grad
+    assert not terms.loss[0].any()
+    assert not gradient[0].any()
 
 
 def rearranged(inputs, change):
