@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,9 @@ def test_gradients_measures_what_the_readme_says(folder):
         assert [cell.strip() for cell in found.strip("│ ").split("│")][1:] == claimed.strip("| ").replace(
             " ", ""
         ).split("|")[1:]
+    policies, more = re.search(r"Of (\d+) random policies, .* on (\d+);", printed).groups()
+    document = (RECIPES.parent / "docs" / "exact_kls.md").read_text()
+    assert f"Of {policies} random small policies {more} have *more* variance" in " ".join(document.split())
 
 
 def test_benchmark_exact(folder):
