@@ -430,6 +430,11 @@ def test_the_weight_of_an_exact_kl_is_that_of_its_state():
     whole = computed(KLSpec.from_name("exact_in_reward", off_policy="prefix", weight_clip=UNBOUNDED), inputs)
     torch.testing.assert_close(whole.weight, of_state * log_rho.exp())
     torch.testing.assert_close(whole.score_coefficient, later(of_state * whole.value) * inputs["mask"])
+    bounded = computed(KLSpec.from_name("exact_in_reward", off_policy="prefix", weight_clip=(0.5, 1.5)), inputs)
+    of_token = of_state * log_rho.exp()
+    state_cut, token_cut = (inputs["mask"] & ((w < 0.5) | (w > 1.5)) for w in (of_state, of_token))
+    assert (state_cut & ~token_cut).any()
+    assert torch.equal(bounded.cut, state_cut | token_cut)  # both stand in the gradient
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -160,6 +160,11 @@ def test_records_are_frozen():
         ({"gradient_of": {"to_go": "reverse_kl"}}, "default_credit='token' has no gradient_of"),
         ({"gradient_of": {}}, "default_credit='token' has no gradient_of"),
         ({"default_credit": "sequence"}, "default_credit='sequence' has no gradient_of"),
+        ({"exact": "backward"}, "exact='backward'; choose from '', 'reverse_kl', 'forward_kl'"),
+        (
+            {"exact": "reverse_kl", "gradient_of": {"token": "local_reverse_kl", "sequence": "reverse_kl"}},
+            "what is exact has credit token or to_go, not sequence",
+        ),
     ],
 )
 def test_records_that_contradict_themselves_are_refused(fields, message):
