@@ -31,7 +31,10 @@ _answer: ContextVar[Callable[[Tensor, Tensor], Tensor] | None] = ContextVar("kl_
 
 
 def compute_approx_kl(host: Host) -> Host:
-    """OpenRLHF's estimator; within a hooked step, the (B, T) `loss` of `kl_terms`, which OpenRLHF then reduces."""
+    """OpenRLHF's estimator of the KL, (B, T) of (B, T) log-probs, in nats.
+
+    Within a hooked step of a KL in the loss it is the `loss` of `kl_terms` instead, which OpenRLHF reduces as its own.
+    """
 
     def answered(log_probs: Tensor, log_probs_base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         answer = _answer.get()
@@ -73,7 +76,8 @@ def answering(answer: Callable[[Tensor, Tensor], Tensor], expected: int) -> Iter
 def training_step(host: Host) -> Host:
     """`ActorPPOTrainer.training_step`, with the KL of the plan in its loss, or (in the reward) in its advantages.
 
-    Watched, if the plan says so.
+    With `kl_monitor` the step is watched, too. Raises `PatchError` if OpenRLHF doesn't compute its KL where it was
+    expected to, or if the run came without a plan.
     """
 
     def step(trainer: Any, experience: Any, kl_ctl: float, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +171,7 @@ def _advantages_of_now(trainer: Any, plan: Plan, experience: Any, beta: float) -
 
 
 def without_baseline(plan: Plan) -> Plan:
-    """The plan of what a baseline is subtracted from elsewhere."""
+    """The plan without its baseline, for a KL from which it is subtracted at another place."""
     return replace(plan, spec=replace(plan.spec, baseline=None))
 
 
@@ -176,7 +180,7 @@ KL_SUMS = "kl_plugins/sums"
 
 
 def _advantage_scale(experience: Any) -> Tensor:
-    """(B, 1). What OpenRLHF's normalization of the advantages has multiplied a nat with; see `experience`."""
+    """(B, 1). What OpenRLHF's normalization has multiplied the advantages with, as `experience` has read it off."""
     return from_info(experience, SCALE).unsqueeze(1)
 
 

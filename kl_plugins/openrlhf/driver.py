@@ -71,7 +71,28 @@ def launch(options: OpenRLHFOptions, flags: Sequence[str], *, dry_run: bool = Fa
 
 
 def prepare(options: OpenRLHFOptions, args: Any) -> RunPlan:
-    """For scripts that call OpenRLHF's `train(args)` themselves: call this before. Raises as `launch` does."""
+    """Check a run and plan its KL, for scripts that call OpenRLHF's `train(args)` themselves: call this before.
+
+    ```python
+    from kl_plugins.openrlhf import OpenRLHFOptions
+    from kl_plugins.openrlhf.driver import prepare
+
+    prepare(OpenRLHFOptions(kl="k2_as_loss"), args)
+    train(args)
+    ```
+
+    It puts the plan into `args`, sets the KL flags of OpenRLHF there that fit it (`plan.plan_run`), and sets
+    `RAY_RUNTIME_ENV_HOOK`, so that the `ray.init` in `train` hooks every worker process. `args` are OpenRLHF's own,
+    parsed.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: For options or flags that contradict each other, all of them at once.
+        UnknownLossError: For a `kl` that nobody registered.
+        PatchError: For an OpenRLHF that isn't as it was tested.
+    """
     global _plan
     check_options(options)
     check(load_patches("openrlhf"), allow_untested=untested_allowed())
@@ -94,7 +115,20 @@ def _set_hook() -> None:
 
 
 def runtime_env_hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
-    """`RAY_RUNTIME_ENV_HOOK`: `ray.init` calls it with the runtime_env of the job, before it starts anything."""
+    """Plan the KL of the main program's run, and have Ray hook every worker process that it starts.
+
+    Ray calls what `RAY_RUNTIME_ENV_HOOK` names inside of `ray.init`, with the `runtime_env` of the job (None: none was
+    given), before it starts a process. The options are those of `launch` or `prepare`, or the words in
+    `KL_PLUGINS_OPENRLHF`.
+
+    Returns:
+        The `runtime_env` with `worker.setup` as its `worker_process_setup_hook`; one that was there runs after it.
+
+    Raises:
+        ConfigError, UnknownLossError: For options or flags that can't be, or no option at all.
+        PatchError: For an OpenRLHF that isn't as it was tested, or a main program that isn't OpenRLHF's and did not
+            call `prepare`.
+    """
     runtime_env = dict(_chained(runtime_env) or {})
     args = _arguments_of_main()
     if args is None and os.environ.get(worker.IN_WORKER):  # vLLM's own ray.init, which inherits our variables
@@ -124,7 +158,10 @@ def runtime_env_hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def options_from_words(words: str) -> OpenRLHFOptions:
-    """The options in the words of the launcher: `"--kl k2_as_loss --kl-off-policy token"`."""
+    """The options in the words of the launcher: `"--kl k2_as_loss --kl-off-policy token"`.
+
+    Raises `ConfigError` for words that are no options, or none at all.
+    """
     if not words.strip():
         raise ConfigError(f'{RAY_HOOK} names kl_plugins, but no KL was chosen: set {OPTIONS}="--kl k2_as_loss"')
     options: OpenRLHFOptions = parse_flags(words, OpenRLHFOptions, of=OPTIONS)
@@ -132,7 +169,7 @@ def options_from_words(words: str) -> OpenRLHFOptions:
 
 
 def describe(plan: RunPlan) -> str:
-    """What is computed, where, whose gradient it is, what was let through although it biases it; what is watched."""
+    """What is printed when a run starts: its KL, where it goes, its gradient, what biases it, and what is watched."""
     lines = _what_is_computed(plan) if isinstance(plan, Plan) else ["OpenRLHF's own KL stays as it is"]
     if plan.monitor:
         lines.append(f"watched: the KL in the {_where(plan)}; its numbers are logged as kl/*")
@@ -162,7 +199,7 @@ def _chained(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
     theirs = os.environ.get(CHAINED_HOOK)
     if theirs:
         runtime_env = worker.resolve(theirs)(runtime_env)
-    return hook(runtime_env) if _get_uv_run_cmdline() else runtime_env  # type: ignore[no-any-return]
+    return hook(runtime_env) if _get_uv_run_cmdline() else runtime_env
 
 
 def _arguments_of_main() -> Any:

@@ -153,18 +153,21 @@ CONTROLLER = "kl_controller"
 
 
 class ControlledKL:
-    """In the place of OpenRLHF's own controller, which its trainer and its experience maker ask for `value`."""
+    """What takes the place of OpenRLHF's own controller, which its trainer and its experience maker ask for `value`.
+
+    `controller` is the one that the options of the run have started.
+    """
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
 
     @property
     def value(self) -> float:
-        """Beta."""
+        """The coefficient of the KL that is in force, in reward per nat."""
         return self.controller.beta
 
     def update(self, current: float, n_steps: int) -> None:
-        """Nothing: `train_step` updates it with the sums of the batch, not with the mean that OpenRLHF logs."""
+        """Do nothing: `train_step` updates the controller with the batch's sums, not with the mean OpenRLHF logs."""
 
 
 def _controller(trainer: Any) -> Controller | None:
@@ -175,7 +178,8 @@ def _controller(trainer: Any) -> Controller | None:
     if not isinstance(trainer.kl_ctl, ControlledKL):
         controller = plan.controller.start(float(trainer.args.algo.kl.init_coef))
         trainer.kl_ctl = trainer.experience_maker.kl_ctl = ControlledKL(controller)
-    return trainer.kl_ctl.controller  # type: ignore[no-any-return]
+    controlled: ControlledKL = trainer.kl_ctl
+    return controlled.controller
 
 
 def _charging(plan: Plan, samples_list: list[Any]) -> AbstractContextManager[None]:

@@ -30,14 +30,17 @@ def seeing(see: See) -> Iterator[None]:
 
 
 def show(log_probs: Tensor, log_probs_base: Tensor, kl: Tensor) -> None:
-    """Let who is `seeing` see this KL."""
+    """Hand a KL of (B, T) tokens, and the log-probs that it is made of, to the function that `seeing` was given."""
     see = _see.get()
     if see is not None:
         see(log_probs, log_probs_base, kl)
 
 
 def token_ids(experience: Any) -> Tensor:
-    """(B, T). The tokens that the action mask and all log-probs are about: all but the first."""
+    """(B, T). The tokens that the action mask and all log-probs are about: all of a sequence but its first.
+
+    Raises `PatchError` if the mask has another shape.
+    """
     ids: Tensor = experience.sequences[:, 1:]
     mask = experience.action_mask
     if ids.shape != mask.shape:
@@ -51,8 +54,8 @@ def token_ids(experience: Any) -> Tensor:
 def sum_over_ranks(trainer: Any, sums: Tensor) -> Tensor:
     """The sums of all ranks' rows, each row once. A rank without a step calls it all the same: the others wait."""
     copies = trainer.args.ds.ring_attn_size * trainer.args.ds.tensor_parallel_size  # ranks that hold the same rows
-    total: Tensor = trainer.strategy.all_reduce(sums.clone(), op="sum")
-    return total / copies
+    total: Tensor = trainer.strategy.all_reduce(sums.clone(), op="sum") / copies
+    return total
 
 
 def max_over_ranks(trainer: Any, maxima: Tensor) -> Tensor:
@@ -75,7 +78,10 @@ def left_out_of(plan: Plan, experience: Any) -> dict[str, Any]:
 
 
 def from_info(experience: Any, name: str) -> Tensor:
-    """(B,). What `experience` has put into the experience for us."""
+    """(B,). The numbers that the controller's process has put into `experience.info` under this name, one a row.
+
+    Raises `PatchError` if there are none.
+    """
     found = experience.info.get(name)
     if found is None:
         raise PatchError(f"an experience came without {name}: it was made in a process without kl_plugins")

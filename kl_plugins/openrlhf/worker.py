@@ -39,7 +39,12 @@ def patching() -> Patching:
 
 
 def setup() -> None:
-    """Ray's `worker_process_setup_hook`: runs before a worker imports anything of OpenRLHF."""
+    """Have the functions of OpenRLHF that `patches/openrlhf.toml` names replaced, each as soon as it is imported.
+
+    Ray calls it, as its `worker_process_setup_hook`, in every worker process before that imports anything of OpenRLHF;
+    a hook of the user's own (`KL_PLUGINS_CHAINED_SETUP_HOOK`) is run after it. `PatchError`, at the import, for a
+    function that isn't as it was tested.
+    """
     patching().apply_on_import()
     chained = os.environ.get(CHAINED_SETUP_HOOK)
     if chained:
@@ -53,7 +58,10 @@ def resolve(path: str) -> Any:
 
 
 def report() -> None:
-    """Publish what is bound in this process and how often it was called."""
+    """Publish which of our functions are bound in this process and how often each was called.
+
+    They go into Ray's key-value store, under this job, node and process. Outside of Ray it does nothing.
+    """
     import ray
     from ray.experimental.internal_kv import _internal_kv_put
 
@@ -71,7 +79,7 @@ def report() -> None:
 
 
 def reports() -> list[dict[str, Any]]:
-    """What the processes of this job have published."""
+    """What the processes of this job have published: for each its actor class, node, pid and bindings."""
     import ray
     from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
 
@@ -80,7 +88,11 @@ def reports() -> list[dict[str, Any]]:
 
 
 def require_proof(plan: RunPlan, *, actors: int) -> None:
-    """Print who computed a KL. `PatchError` if one that should have never called ours."""
+    """Print in which processes our functions were called.
+
+    Raises `PatchError`, with that table, unless each of the `actors` policy processes, and whoever else has to by
+    `plan`, has called ours.
+    """
     found = reports()
     table = proof_table(found)
     problems = missing_proof(found, plan, actors=actors)
@@ -90,7 +102,7 @@ def require_proof(plan: RunPlan, *, actors: int) -> None:
 
 
 def missing_proof(found: Iterable[dict[str, Any]], plan: RunPlan, *, actors: int) -> list[str]:
-    """What should have been called in some process, and wasn't."""
+    """One sentence for each function of ours that too few processes have called; none if the plan was followed."""
     needed = {
         f"{_ACTOR}:ActorPPOTrainer.training_step": actors,
         f"{_ACTOR}:compute_approx_kl": 0 if plan.in_reward else actors,

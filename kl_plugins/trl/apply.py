@@ -270,7 +270,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _with_default(known: Field, value: Any) -> Any:
+def _with_default(known: Field[Any], value: Any) -> Any:
     if isinstance(value, list):
         return field(default_factory=functools.partial(list, value), metadata=known.metadata)
     return field(default=value, metadata=known.metadata)

@@ -5,43 +5,70 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class JsonlCallback(TrainerCallback):
-    """Append every logged dict to `path` as one JSON line, with `step` and `seconds` since the start in front.
+    """Append every logged dict to `path` as one JSON line, with the optimizer step and the seconds so far in front.
 
-    Each line is flushed, so a run that is interrupted leaves all it had logged. A run that doesn't resume a checkpoint
-    starts the file anew.
+    ```python
+    trainer = GRPOTrainer(..., callbacks=[JsonlCallback("runs/k2/metrics.jsonl")])
+    # {"step": 10, "seconds": 41.3, "loss": ..., "reward": ..., "kl/k1": ...}
+    ```
+
+    The main process writes, as often as the trainer logs. Each line is flushed, so that a run that is interrupted
+    leaves all it had logged. A run that doesn't resume a checkpoint starts the file anew. `kl_plugins.report` reads
+    such files.
+
+    Args:
+        path: The file; its folder is made if it is missing.
+
+    Raises, when training begins: `OSError` for a file that can't be written.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file: Any = None
+        self._file: TextIO | None = None
         self._started = time.perf_counter()
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and self._file is None:
             self._open("a" if state.global_step else "w")
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if self._file is None:  # an evaluation before training
-            self._open("w")
+        file = self._open("w") if self._file is None else self._file  # None: an evaluation before training
         seconds = round(time.perf_counter() - self._started, 3)
-        self._file.write(json.dumps({"step": state.global_step, "seconds": seconds, **logs}, default=float) + "\n")
-        self._file.flush()
+        file.write(json.dumps({"step": state.global_step, "seconds": seconds, **logs}, default=float) + "\n")
+        file.flush()
 
-    def _open(self, mode: str) -> None:
+    def _open(self, mode: Literal["a", "w"]) -> TextIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open(mode)
+        return self._file
 
 
 class ProgressBarCallback(TrainerCallback):
-    """A `rich` progress bar over optimizer steps with the last reward, KL and effective sample size."""
+    """A `rich` progress bar over optimizer steps, with the last numbers that were logged.
+
+    These are TRL's `reward`, its `kl` (in nats) and `kl/ess`, the effective sample size of the KL's importance weights
+    as a share of the tokens; those that a trainer doesn't log are left out. Only the main process draws.
+
+    Args:
+        description: What stands in front of the bar.
+    """
 
     def __init__(self, description: str = "Training") -> None:
         self.description = description
@@ -49,7 +76,9 @@ class ProgressBarCallback(TrainerCallback):
         self._task: Any = None
         self._numbers: dict[str, str] = {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -59,11 +88,20 @@ class ProgressBarCallback(TrainerCallback):
         self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, numbers="")
         self._progress.start()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self._progress is None or not logs:
             return
         shown = (("reward", "reward", ".2f"), ("KL", "kl", ".4f"), ("ESS", "kl/ess", ".1%"))
@@ -73,7 +111,9 @@ class ProgressBarCallback(TrainerCallback):
         numbers = "  ".join(f"{label} {number}" for label, number in self._numbers.items())
         self._progress.update(self._task, numbers=numbers)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:

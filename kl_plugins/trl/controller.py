@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -17,20 +17,40 @@ STATE = "kl_controller"
 """Where the controller's state is kept: this key of `TrainerState.stateful_callbacks`, so in `trainer_state.json`."""
 
 
-class BetaCallback(TrainerCallback):
-    """Calls `trainer.control_beta()` after each update; `trainer.beta` is set by it, also when a run is resumed."""
+class Controlled(Protocol):
+    """A trainer whose beta a controller moves."""
 
-    def __init__(self, trainer: Any, controller: Controller) -> None:
+    def set_beta(self, beta: float) -> None:
+        """Use another coefficient from now on."""
+
+    def control_beta(self) -> None:
+        """Update the controller with what was measured since the last update, and set its beta."""
+
+
+class BetaCallback(TrainerCallback):
+    """After each optimizer step (of PPO: each rollout) it updates the controller of a trainer's beta.
+
+    The controller's state is in the checkpoints, and a resumed run goes on from there.
+    """
+
+    def __init__(self, trainer: Controlled, controller: Controller) -> None:
         self.trainer, self.controller = trainer, controller
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Continue from the state in a checkpoint."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Continue from the controller's state in the checkpoint that is resumed, if there is one.
+
+        Raises `ConfigError` for the state of another controller.
+        """
         if STATE in state.stateful_callbacks:
             self.controller.load_state_dict(state.stateful_callbacks[STATE])
             self.trainer.set_beta(self.controller.beta)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """One update."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Update the controller, and put its state where the next checkpoint takes it from."""
         self.trainer.control_beta()
         state.stateful_callbacks[STATE] = self.controller.state_dict()
 

@@ -37,7 +37,7 @@ BETAS = {"reverse_kl": 1.0, "forward_kl": 0.0}  # what TRL's kernel for divergen
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
-    """One scoring of completions by a model."""
+    """What a model was seen to score completions from: hidden states and its LM head."""
 
     hidden: Tensor
     """(B, T, H): what each completion token was predicted from, with its graph if it has one; junk at padding."""
@@ -48,18 +48,18 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
-    """What a policy's scoring is to be compared with."""
+    """What the reference scored the same completions from, so that a pass of the policy can make the KL to it."""
 
     hidden: Tensor
-    """(B, T, H)."""
+    """(B, T, H): what the reference predicted each completion token from."""
     head: LMHead
     of: str
-    """`"reverse_kl"` or `"forward_kl"`."""
+    """Which divergence: `"reverse_kl"` is KL(policy || reference), `"forward_kl"` KL(reference || policy)."""
 
 
 @dataclass(eq=False)
 class Passes:
-    """The kernel's calls in one scoring, and the kernel itself in the eyes of TRL."""
+    """Stands where TRL looks for its fused LM head (`kernel`), and keeps the calls of one scoring."""
 
     kernel: Any
     attention_mask: Tensor  # (B, prompt + T)
@@ -80,7 +80,11 @@ class Passes:
         logit_scale: float = 1.0,
         *outputs: Any,
     ) -> Any:
-        """TRL's own, called with the same; ours, if there is a reference and the kernel would round no logits."""
+        """Keep the arguments and answer as TRL's kernel does, whose signature this is.
+
+        TRL's own kernel is called, unless there is a reference and the kernel would round no logits: then ours makes
+        the log-probs together with the KL.
+        """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         head = LMHead(
@@ -123,7 +127,7 @@ class Passes:
         return kl.new_zeros(counted.shape).masked_scatter(counted, kl), logp, entropy
 
     def together(self) -> Scored:
-        """All calls in one."""
+        """The calls of all micro-batches of the scoring as one. `PatchError` if there were too many or too few."""
         rows = self.attention_mask[:, -self.length :].bool().split(self.batch_size)
         if len(rows) != len(self.calls):
             raise PatchError(
@@ -146,7 +150,10 @@ def _by_position(hidden: Tensor, counted: Tensor) -> Tensor:
 
 
 def exact_kl_of(spec: KLSpec, scored: Scored, *, ref_hidden: Tensor, ref_head: LMHead, mask: Tensor) -> ExactKL:
-    """The KL of a scoring to the reference, of (B, T, H) hidden states: that of the same pass if it was made there."""
+    """(B, T), nats: the KL of a scoring to the reference, whose hidden states are (B, T, H).
+
+    It is the one that was made in the same pass if there is one; else it takes a pass through both heads of its own.
+    """
     head, value = scored.head, scored.kl
     if value is None and mask.device.type in TRITON and head.dtype != torch.float64:
         value = _by_host(spec.loss.exact, scored, ref_hidden, ref_head, mask.bool())
@@ -187,7 +194,7 @@ class ExactScoring:
         self.scored: tuple[Scored, ...] = ()
         """The passes that no KL was made of yet, the last one last."""
         self.reference_head: LMHead | None = None
-        """With which the hidden states in `kl_ref_hidden` become logits."""
+        """What the hidden states in `kl_ref_hidden` become logits with."""
         self._compared_with: Reference | None = None
 
     @contextmanager
@@ -227,7 +234,10 @@ class ExactScoring:
         output["kl_ref_hidden"] = reference.hidden
 
     def kl(self, mask: Tensor, ref_hidden: Tensor) -> ExactKL:
-        """(B, T) of the policy, whose scoring was the last: the gradient flows into its hidden states and its head."""
+        """(B, T), nats: the KL of the policy, whose scoring was the last, to the reference with these hidden states.
+
+        The gradient flows into the policy's hidden states and its head. The passes are forgotten.
+        """
         scored, self.scored = self.scored[-1], ()
         assert self.reference_head is not None
         return exact_kl_of(self.spec, scored, ref_hidden=ref_hidden, ref_head=self.reference_head, mask=mask)

@@ -35,14 +35,14 @@ class GMPOConfig(GMPOFields, host.GMPOConfig):
 
 
 class KLInGMPO(KLInGRPO):
-    """The methods of `GMPOTrainer`, below, for any trainer of TRL that is one of its `GMPOTrainer`s."""
+    """The methods of our `GMPOTrainer`, to be mixed into TRL's own or into a class that derives from it."""
 
     length_normalized = "GMPO"
 
     def start_kl(self) -> None:
-        """What is to be done once TRL has made the trainer."""
+        """As `KLTrainer.start_kl`; and check for GMPO what a `GRPOConfig`, which it may be given, has not checked."""
         super().start_kl()
-        if self.kl_spec is not None:  # of whichever config
+        if self.kl_spec is not None:
             check_trl(*GMPOFields.kl_part.split())
             refuse([COMBINED] if self.kl_spec.clip == "combined" else [])
 

@@ -14,7 +14,7 @@ from kl_plugins.trl.trainer import KLTrainer
 
 
 class KLInGRPO(KLTrainer):
-    """The methods of `GRPOTrainer`, below, for any trainer of TRL that is one of its `GRPOTrainer`s."""
+    """The methods of our `GRPOTrainer`, to be mixed into TRL's own or into a class that derives from it."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.kl_spec is None or self.beta == 0:
@@ -39,7 +39,7 @@ class KLInGRPO(KLTrainer):
             return super()._compute_loss(model, inputs)
 
     def _reduced(self, term: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """The (B, T) term as this trainer reduces its own before it multiplies it with beta: not at all."""
+        """What this trainer multiplies with beta: the (B, T) `term` itself here, which TRL reduces with its loss."""
         return term
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class HostBeta(float):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """`tensor * beta` is a product, too; in anything else it is the number."""
+        """Answer `tensor * beta` as `beta * tensor`; any other function of torch gets the number."""
         if function.__name__ in ("mul", "__mul__", "multiply") and len(args) == 2 and not kwargs:
             beta = next(arg for arg in args if isinstance(arg, cls))
             return beta * next(arg for arg in args if arg is not beta)
@@ -75,7 +75,10 @@ def host_kl_replaced(trainer: Any, term: Callable[[Tensor], Tensor]) -> Iterator
 
 
 def guarded_beta(beta: float) -> float:
-    """The `beta` of a config or trainer with `kl` set, wherever our own code isn't running: there TRL's KL raises."""
+    """The `beta` of a config or trainer with `kl` set, for the time in which no code of ours is running.
+
+    It is the number in all else, but multiplied with a tensor, as TRL does with its own KL, it raises `PatchError`.
+    """
 
     def guarded(_host_kl: Tensor) -> Tensor:
         raise PatchError(

@@ -14,7 +14,15 @@ COMMANDS = ("grpo", "rloo")  # of TRL's commands, those whose trainers have a KL
 
 
 def run(arguments: list[str]) -> int:
-    """Run `trl ARGUMENTS`. What TRL's parser reads, it checks here, before any process is started."""
+    """Run TRL's command line, `trl grpo ...` or `trl rloo ...`, with the `kl_*` options; its exit code.
+
+    `arguments` are the words after `kl-plugins trl`. TRL's parser reads and checks them in this process, before
+    another one is started.
+
+    Raises:
+        ConfigError: For another command than those two, options that can't be, or no `kl`.
+        PatchError: For a TRL that isn't as it was tested.
+    """
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
         refuse(
@@ -24,11 +32,11 @@ def run(arguments: list[str]) -> int:
 
     patching = Patching(load_patches("trl", "command"), allow_untested=untested_allowed())
     with patching, apply_to_trl(trainers=[name], require_kl=True):
-        return main(arguments)
+        return int(main(arguments))
 
 
 def launch_with_kl(launch: Callable[..., None]) -> Callable[..., None]:
-    """In the place of TRL's launcher: `accelerate launch` of this module, which then runs TRL's script."""
+    """What takes the place of TRL's `launch`: `accelerate launch` of this module, which then runs TRL's script."""
 
     def launch_training_script(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
         from accelerate.commands.launch import launch_command, launch_command_parser
@@ -40,7 +48,7 @@ def launch_with_kl(launch: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """In a process that `accelerate launch` started: TRL's script."""
+    """Run TRL's script, in a process that `accelerate launch` has started with `grpo` or `rloo` as first argument."""
     name = sys.argv.pop(1)
     apply_to_trl(trainers=[name], require_kl=True)
     runpy.run_module(f"trl.scripts.{name}", run_name="__main__", alter_sys=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from kl_plugins.core.monitor import (
@@ -45,7 +45,11 @@ _LOGGED_BY_OURS = ("kl/k1", "kl/k2", "kl/k3")
 
 
 class KLMonitorCallback(TrainerCallback):
-    """`callbacks=[KLMonitorCallback()]` for TRL's GRPO, RLOO and GMPO trainers and those of `kl_plugins.trl`.
+    """Log what the KL of a trainer does: TRL's GRPO, RLOO and GMPO, with TRL's own KL or with one of `kl_plugins`.
+
+    ```python
+    trainer = trl.GRPOTrainer(..., callbacks=[KLMonitorCallback()])
+    ```
 
     At every log its `kl/*` numbers (docs/monitoring.md) are among the trainer's own metrics, over
     everything since the last log and all processes; in evaluation with TRL's `eval_` in front. Training is the same,
@@ -84,20 +88,26 @@ class KLMonitorCallback(TrainerCallback):
         self._rollout: list[Tensor] | None = None
         self._score_step = self._gradient_step = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Attach to the trainer that begins, unless it is attached to it already."""
         trainer = trainer_that_called(args)
         if trainer is not self._trainer:
             self.attach(trainer)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Decide what is measured in this step."""
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decide whether the reference is scored in this step, and `kl/gradient_ratio` measured."""
         step, ratio_every = state.global_step, self.gradient_ratio_every
         self._score_step = step % self.every == 0
         self._gradient_step = ratio_every > 0 and step % ratio_every == 0
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Detach."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach from the trainer, at the end of its training."""
         self.detach()
 
     def attach(self, trainer: Any) -> None:
@@ -160,7 +170,7 @@ class KLMonitorCallback(TrainerCallback):
     def _mode(self) -> str:
         return "train" if self._trainer.model.training else "eval"
 
-    def _compute_loss(self, own: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def _compute_loss(self, own: Callable[..., Tensor], model: Any, inputs: dict[str, Any]) -> Tensor:
         self._call = call = _Call(model)
         try:
             with self._beta_seen_by(call.terms.append):
@@ -180,7 +190,8 @@ class KLMonitorCallback(TrainerCallback):
 
         def product(term: Tensor) -> Tensor:
             see(term)
-            return beta * term
+            own: Tensor = beta * term
+            return own
 
         trainer.beta = HostBeta(beta, product)
         try:
@@ -214,7 +225,7 @@ class KLMonitorCallback(TrainerCallback):
         call.logp = scored[0]
         return scored
 
-    def _generate(self, own: Any, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate(self, own: Callable[..., dict[str, Any]], inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """RLOO's rollout, with the log-probs that TRL scored it with and doesn't keep."""
         scored: list[Tensor] = []
         self._rollout = scored

@@ -21,7 +21,10 @@ from kl_plugins.trl.reference import load_reference
 
 
 def trainer_that_called(args: Any) -> Any:
-    """The trainer whose event this is: `Trainer` hands callbacks its parts, not itself, but it is on the stack."""
+    """The trainer that is calling its callbacks, found on the stack by its `args`: it hands them its parts only.
+
+    Raises `PatchError` if something else called.
+    """
     frame: Any = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -34,17 +37,17 @@ def trainer_that_called(args: Any) -> Any:
 
 
 def is_ours(trainer: Any) -> bool:
-    """Whether the KL is one of `kl_plugins`."""
+    """Whether the trainer trains with a KL of `kl_plugins`, and not with TRL's own."""
     return getattr(trainer, "kl_spec", None) is not None
 
 
 def is_exact(trainer: Any) -> bool:
-    """Whether it is one of them that doesn't go through the sampled tokens' log-probs alone."""
+    """Whether its KL is summed over the vocabulary, so that it isn't a function of the sampled tokens' log-probs."""
     return is_ours(trainer) and bool(trainer.kl_spec.loss.exact)
 
 
 def is_rloo(trainer: Any) -> bool:
-    """Whether it is TRL's RLOO, or derives from it."""
+    """Whether the trainer is TRL's `RLOOTrainer`, or derives from it."""
     return isinstance(trainer, trl.RLOOTrainer)
 
 
@@ -93,7 +96,7 @@ def _gradient_problems(trainer: Any) -> Iterator[str]:
 
 
 def missing(trainer: Any, reference: Any) -> Iterator[str]:
-    """What `KLMonitorCallback` can't tell about this trainer, and why."""
+    """A sentence for each number of `KLMonitorCallback` that isn't available with this trainer, and why."""
     if trainer.beta == 0 and reference is None:
         yield "the KL: beta is 0, so that there is no reference; KLMonitorCallback(reference='base') has one scored"
     if is_exact(trainer):

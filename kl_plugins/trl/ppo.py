@@ -213,7 +213,7 @@ class PPOConfig(PPOFields, host.PPOConfig):
 
 
 class KLInPPO(KLTermMixin, Host):
-    """The methods of `PPOTrainer`, below, for any trainer of TRL that is one of its `PPOTrainer`s."""
+    """The methods of our `PPOTrainer`, to be mixed into TRL's own or into a class that derives from it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -233,7 +233,10 @@ class KLInPPO(KLTermMixin, Host):
             self.say_gradient()
 
     def train(self) -> None:
-        """TRL's; with `kl` set, with the four statements of `EDITS` changed."""
+        """Train as TRL does; with `kl` set, by TRL's own method with the four statements of `EDITS` changed.
+
+        Raises `PatchError` if one of them is not as it was tested.
+        """
         if self.kl_spec is None:
             super().train()
         else:
@@ -296,11 +299,15 @@ class KLInPPO(KLTermMixin, Host):
         return self.kl_beta * terms.loss
 
     def set_beta(self, beta: float) -> None:
-        """Use another coefficient from the next rollout on."""
+        """Use another coefficient, in reward per nat, from the next rollout on."""
         self.kl_beta = beta
 
     def kl_metrics(self) -> dict[str, float]:
-        """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
+        """The `kl/*` numbers since the last log, over all processes; empty if there was no update of the policy.
+
+        Besides those of `core.metrics`, for a KL in the reward, `kl/advantage_scale`: what whitening has multiplied a
+        nat in the advantages with. All processes have to call it.
+        """
         if self.kl_spec is None:
             return {}
         in_reward = self.args.kl_in_reward
@@ -312,7 +319,7 @@ class KLInPPO(KLTermMixin, Host):
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """TRL's, after the `kl/*` numbers have joined its metrics."""
+        """Log as TRL does, with the `kl/*` numbers among `logs`."""
         super().log({**logs, **self.kl_metrics()}, *args, **kwargs)
 
 

@@ -32,7 +32,10 @@ _REF = "ref"  # TRL's name for the adapter that is the reference
 
 @contextmanager
 def without_hosts_reference(given: Collection[Any]) -> Iterator[None]:
-    """While a trainer is made of the arguments `given`: TRL makes no reference where another one takes its place."""
+    """Keep TRL from making a reference of its own, while a trainer is made of the arguments `given`.
+
+    It makes none for a beta of 0, which the config has meanwhile if its `kl_reference` names another one.
+    """
     args = next((each for each in given if hasattr(each, "kl_reference")), None)
     if args is None or args.kl is None or args.kl_reference is None:
         yield
@@ -108,13 +111,13 @@ class MovingReference(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move, if it is time."""
+        """Move the reference, if this is one of the steps after which it moves."""
         if state.global_step % self.every == 0:
             self.move()
 
     @torch.no_grad()
     def move(self) -> None:
-        """One update."""
+        """Move the reference towards the policy once, as `decay` says."""
         for name, (reference, policy) in self._pairs.items():
             exact = self._exact[name]
             exact.lerp_(policy.to(exact.dtype), 1 - self.decay)

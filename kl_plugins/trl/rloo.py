@@ -15,12 +15,12 @@ from kl_plugins.trl.vllm import RecordedLogps
 
 
 class KLInRLOO(KLTrainer):
-    """The methods of `RLOOTrainer`, below, for any trainer of TRL that is one of its `RLOOTrainer`s."""
+    """The methods of our `RLOOTrainer`, to be mixed into TRL's own or into a class that derives from it."""
 
     def start_kl(self) -> None:
-        """What is to be done once TRL has made the trainer."""
+        """As `KLTrainer.start_kl`; and with vLLM, ask it for its log-probs, which RLOO doesn't."""
         super().start_kl()
-        self._sampling_logps = None
+        self._sampling_logps: RecordedLogps | None = None
         if self.kl_spec is not None and self.use_vllm:
             self._sampling_logps = RecordedLogps(self.vllm_generation, pad_to_multiple_of=self.pad_to_multiple_of)
 

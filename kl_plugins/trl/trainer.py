@@ -107,7 +107,10 @@ class KLTrainer(KLTermMixin, Host):
         return scored
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's. `PatchError`, before the optimizer's step, if none of our terms was in the loss."""
+        """Make a training step as TRL does.
+
+        Raises `PatchError`, before the optimizer's step, if none of our terms was in the loss.
+        """
         before = self._kl_recorder.added
         loss = super().training_step(*args, **kwargs)
         if self.kl_spec is not None and self.beta != 0 and self._kl_recorder.added == before:
@@ -240,11 +243,14 @@ class KLTrainer(KLTermMixin, Host):
         return baseline[first : first + rows, :length]
 
     def set_beta(self, beta: float) -> None:
-        """Use another coefficient from the next micro-batch on."""
+        """Use another coefficient, in reward per nat, from the next micro-batch on."""
         self.beta = guarded_beta(beta)
 
     def kl_metrics(self) -> dict[str, float]:
-        """The `kl/*` numbers since the last log, over all processes; empty if there was no step."""
+        """The `kl/*` numbers of `core.metrics` since the last log, of training or evaluation, whichever is going on.
+
+        Over all processes, which all have to call it; empty if there was no step.
+        """
         if self.kl_spec is None:
             return {}
         return self._recorder().metrics(
@@ -254,7 +260,7 @@ class KLTrainer(KLTermMixin, Host):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """TRL's, after the `kl/*` numbers have joined its metrics."""
+        """Log as TRL does, after the `kl/*` numbers have joined TRL's metrics (in evaluation as `eval_kl/*`)."""
         mode = "train" if self.model.training else "eval"
         for name, value in self.kl_metrics().items():
             self._metrics[mode][name].append(value)

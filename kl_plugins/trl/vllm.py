@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 def follow_policy_on_cpu(generation: Any) -> None:
     """Make the weight sync of a colocated *CPU* engine reload the model as a whole; anywhere else do nothing.
 
+    `generation` is TRL's `VLLMGeneration`, whose `sync_weights` is replaced.
+
     vLLM prepacks linear weights on a CPU, so that TRL's sync, which loads parameters one by one, raises
     "'Parameter' object has no attribute 'weight_loader'".
     """
@@ -35,7 +37,11 @@ def follow_policy_on_cpu(generation: Any) -> None:
 
 
 def require_processed_logprobs(client: Any) -> None:
-    """Raise `ConfigError` unless a vLLM server reports the log-probs of the distribution that it samples from."""
+    """Raise `ConfigError` unless a vLLM server reports the log-probs of the distribution that it samples from.
+
+    `client` is TRL's `VLLMClient`. With temperature 0.7, say, a server that reports raw log-probs gives those of
+    temperature 1.
+    """
     mode = client.get_server_info()["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ConfigError(
@@ -51,7 +57,12 @@ def _engine_is_cpu() -> bool:
 
 
 class RecordedLogps:
-    """Asks a trainer's vLLM engine for the log-probs of the sampled tokens, and keeps those of the last rollout."""
+    """Asks a trainer's vLLM engine for the log-probs of the sampled tokens, and keeps those of the last rollout.
+
+    Args:
+        generation: TRL's `VLLMGeneration`, whose `generate` is replaced by one that also keeps them.
+        pad_to_multiple_of: As TRL pads completions.
+    """
 
     def __init__(self, generation: Any, pad_to_multiple_of: int | None) -> None:
         self._pad_to_multiple_of = pad_to_multiple_of
@@ -60,17 +71,20 @@ class RecordedLogps:
         generation.logprobs = 0  # only the sampled token's
 
         def recorded(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            rollout = generate(*args, **kwargs)
+            rollout: tuple[Any, ...] = generate(*args, **kwargs)
             self._last = rollout[2]
             return rollout
 
         generation.generate = recorded
 
     def take(self, like: Tensor) -> Tensor:
-        """(B, T) of the last rollout, padded to the shape and device of `like`; NaN where vLLM scored no number."""
+        """(B, T) in nats of the last rollout, with the shape and device of `like`; NaN where vLLM gave no number.
+
+        Raises `RuntimeError` if the rollout has another shape.
+        """
         rows = [[torch.nan if logps[0] is None else logps[0] for logps in row] for row in self._last or []]
         self._last = None
-        padded = pad([torch.tensor(row) for row in rows], pad_to_multiple_of=self._pad_to_multiple_of)
+        padded: Tensor = pad([torch.tensor(row) for row in rows], pad_to_multiple_of=self._pad_to_multiple_of)
         if padded.shape != like.shape:
             raise RuntimeError(f"vLLM reported log-probs for {tuple(padded.shape)} tokens, not {tuple(like.shape)}")
         return padded.to(like.device)
