@@ -128,7 +128,10 @@ def test_what_is_not(planned, flags, options):
         ({"kl": "k2_as_loss", "kl_placement": "reward"}, "is a term of the loss"),
         ({"kl": "k2_as_loss", "kl_placement": "advantage"}, "choose from auto, loss, reward"),
         ({"kl": "k1_in_reward", "kl_leave_out": ["eos"]}, "use kl_placement='loss'"),
-        ({"kl": "k2_in_reward", "kl_placement": "loss", "kl_leave_out": ["eos"]}, "known for k1 only"),
+        (
+            {"kl": "k2_in_reward", "kl_placement": "loss", "kl_leave_out": ["eos"], "kl_allow_biased": True},
+            "known for k1 only",
+        ),
     ],
 )
 def test_options_that_no_flag_can_mend_are_refused_without_any(options, message):
