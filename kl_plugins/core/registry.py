@@ -208,18 +208,6 @@ def get_loss(name: str) -> KLLoss:
     return LOSSES[name]
 
 
-def distribution_problems(name: str, host: str) -> list[str]:
-    """What to say if `host` is asked for an exact KL, but hands out no full next-token distributions."""
-    loss = get_loss(name)
-    if not loss.exact:
-        return []
-    instead = "k1_in_reward" if loss.in_reward else "k2_as_loss" if loss.exact == "reverse_kl" else "k3_as_loss"
-    return [
-        f"{name} needs the full next-token distributions of both models, but {host} only gives the log-probs of the "
-        f"sampled tokens: use {instead}, or TRL's GRPOTrainer or RLOOTrainer"
-    ]
-
-
 def all_losses() -> dict[str, KLLoss]:
     """Every usable record by name, third parties' included. Raises `ConfigError` if one of theirs is unusable."""
     return {name: get_loss(name) for name in (*LOSSES, *sorted(third_party_names() - set(LOSSES)))}

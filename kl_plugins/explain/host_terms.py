@@ -259,6 +259,7 @@ _GROUPS: dict[str, tuple[type, Any]] = {
     "use_vllm": (bool, False),
     "mask_truncated_completions": (bool, False),
     "sync_ref_model": (bool, False),
+    "use_liger_kernel": (bool, False),
 }
 _GRPO_OPTIONS: dict[str, tuple[type, Any]] = {
     **_GROUPS,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kl_plugins.explain.run import Run
+from kl_plugins.integration.rules_openrlhf import FILTERED
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Trap:
     on: tuple[str, ...]
     when: Callable[[Run], bool]
     effect: str
-    """`biased`, `refused` (kl_plugins wouldn't start it) or `note`."""
+    """`biased` or `note`."""
     says: str
     """Filled in with the run's settings."""
     change: Mapping[str, Any] = field(default_factory=dict)
@@ -34,21 +35,6 @@ _NORMALIZED = (
 
 
 TRAPS = (
-    Trap(
-        ("grpo",),
-        lambda run: run["loss_type"] in ("grpo", "sapo"),
-        "biased",
-        "loss_type='{loss_type}' divides the KL of each completion by its own length, which biases any KL's gradient "
-        "where lengths vary: use 'dapo' (by the batch's tokens) or 'dr_grpo' (by a constant)",
-        {"loss_type": "dapo"},
-    ),
-    Trap(
-        ("gmpo",),
-        lambda run: True,
-        "biased",
-        "GMPO divides the KL of each completion by its own length, which biases its gradient where lengths vary",
-        {"kl": ""},
-    ),
     Trap(
         ("grpo",),
         lambda run: run.stock and run["use_bias_correction_kl"] and run["importance_sampling_level"] == "sequence",
@@ -89,22 +75,6 @@ TRAPS = (
     ),
     Trap(
         _OPENRLHF,
-        lambda run: run["rollout.top_p"] != 1,
-        "biased",
-        "--rollout.top_p {rollout.top_p} draws tokens from another distribution than the one whose log-probs are "
-        "taken, which biases every sampled KL",
-        {"rollout.top_p": 1.0},
-    ),
-    Trap(
-        _OPENRLHF,
-        lambda run: run["train.async_enable"] and run["algo.advantage.is_correction_level"] == "off",
-        "biased",
-        "--train.async_enable trains on stale samples, but without vLLM's own log-probs nobody knows how stale: add "
-        "--algo.advantage.is_correction_level token",
-        {"algo.advantage.is_correction_level": "token"},
-    ),
-    Trap(
-        _OPENRLHF,
         lambda run: (
             run.stock
             and run["train.async_enable"]
@@ -117,13 +87,6 @@ TRAPS = (
     ),
     Trap(
         _OPENRLHF,
-        lambda run: run.in_reward and run["actor.loss_agg_mode"] != "token-mean",
-        "biased",
-        "--actor.loss_agg_mode {actor.loss_agg_mode} divides the KL in the reward of each completion by its length",
-        {"actor.loss_agg_mode": "token-mean"},
-    ),
-    Trap(
-        _OPENRLHF,
         lambda run: run.stock and run.in_reward and run["actor.policy_loss_type"] == "gspo",
         "biased",
         "--actor.policy_loss_type gspo gives every token the mean KL coefficient of its sequence",
@@ -132,7 +95,8 @@ TRAPS = (
     Trap(
         _OPENRLHF,
         lambda run: (
-            run.in_reward
+            run.stock
+            and run.in_reward
             and run["algo.advantage.gamma"] not in (0, 1)
             and run["algo.advantage.estimator"] in ("gae", "reinforce")
         ),
@@ -143,64 +107,18 @@ TRAPS = (
     ),
     Trap(
         ("ppo",),
-        lambda run: run.in_reward and run["gamma"] not in (0, 1),
+        lambda run: run.stock and run.in_reward and run["gamma"] not in (0, 1),
         "biased",
         "gamma={gamma} discounts the KL: the gradient of neither the local nor the sequence KL",
         {"gamma": 1.0},
     ),
     Trap(
         ("ppo",),
-        lambda run: run.in_reward and run["whiten_rewards"],
+        lambda run: run.stock and run.in_reward and run["whiten_rewards"],
         "biased",
         "whiten_rewards=True divides the KL by the rewards' deviation and adds a constant to every token, which "
         "rewards length",
         {"whiten_rewards": False},
-    ),
-    # What kl_plugins' own configs refuse.
-    Trap(
-        ("grpo", "gmpo"),
-        lambda run: not run.stock and not run["use_bias_correction_kl"],
-        "refused",
-        "use_bias_correction_kl=False is about TRL's own KL, which kl replaces: use kl_off_policy",
-        {"use_bias_correction_kl": None},
-    ),
-    Trap(
-        ("gmpo",),
-        lambda run: run.combined,
-        "refused",
-        "kl_clip='combined': GMPO's advantage is one number a sequence; use kl_clip='separate', or leave it out",
-        {"kl_clip": None},
-    ),
-    Trap(
-        ("grpo",),
-        lambda run: (
-            run.combined and (run["off_policy_mask_threshold"] is not None or run["top_entropy_quantile"] != 1)
-        ),
-        "refused",
-        "off_policy_mask_threshold and top_entropy_quantile mask tokens of the policy loss, and with "
-        "kl_clip='combined' their KL with them",
-        {"kl_clip": None},
-    ),
-    Trap(
-        ("rloo",),
-        lambda run: run.combined and run.spec is not None and run.spec.credit != "sequence",
-        "refused",
-        "kl_clip='combined': RLOO's advantage is one number a sequence, so use kl_credit='sequence', or 'separate'",
-        {"kl_credit": "sequence"},
-    ),
-    Trap(
-        ("ppo",),
-        lambda run: not run.stock and run["kl_estimator"] != "k1",
-        "refused",
-        "kl_estimator={kl_estimator} names TRL's own KL, which kl replaces: leave it out",
-        {"kl_estimator": None},
-    ),
-    Trap(
-        ("ppo",),
-        lambda run: run.kl is not None and run.kl.kl_baseline is not None,
-        "refused",
-        "kl_baseline needs several completions of a prompt, but PPO generates one: leave it out",
-        {"kl_baseline": None},
     ),
     # What is worth knowing.
     Trap(
@@ -300,6 +218,6 @@ TRAPS = (
         _OPENRLHF,
         lambda run: run["algo.dynamic_filtering_enable"],
         "note",
-        "--algo.dynamic_filtering_enable drops prompts by their rewards: the KL is that of the prompts that remain",
+        FILTERED,
     ),
 )

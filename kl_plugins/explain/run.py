@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any, get_args, get_origin, get_type_hints
 
-from kl_plugins.core.registry import distribution_problems, get_loss
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError, refuse
 from kl_plugins.explain.host_terms import BETA, CHOICES, HOSTS, MARKS, OPTIONS, TERMS, VERSIONS, HostTerm
 from kl_plugins.explain.reading import convert, refuse_unknown_kl
-from kl_plugins.integration.options import LEAVE_OUT_OPTIONS, KLOptions, ReferenceOptions
-from kl_plugins.openrlhf.plan import OpenRLHFOptions, plan_kl
+from kl_plugins.integration.options import (
+    KLOptions,
+    OpenRLHFOptions,
+    PlacementOptions,
+    PPOOptions,
+    ReferenceOptions,
+    RLOOOptions,
+)
+from kl_plugins.integration.problem import Problem, changed, refused
+from kl_plugins.integration.rules_openrlhf import openrlhf_problems
+from kl_plugins.integration.rules_trl import RULES, older_than
 from kl_plugins.patching.versions import installed_version
+
+# The options of ours that a trainer has.
+OPTIONS_OF: dict[str, type[KLOptions]] = {
+    "grpo": ReferenceOptions,
+    "gmpo": ReferenceOptions,
+    "rloo": RLOOOptions,
+    "ppo": PPOOptions,
+    "openrlhf": OpenRLHFOptions,
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class Finding:
     """What is wrong: `void`, `zero`, `biased` or `refused`; or `note`, where it is only worth knowing."""
     says: str
     change: Mapping[str, Any] = field(default_factory=dict)
+    """The options that mend it; None leaves one out."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +122,8 @@ def infer_trainer(given: Mapping[str, Any], named: str | None, assumed: list[str
     return "grpo"
 
 
-def read_run(given: Mapping[str, Any], trainer: str, assumed: list[str]) -> tuple[Run, list[Finding]]:
-    """The run that `given` is in `trainer`, and what kl_plugins would refuse of it. Adds to `assumed`.
+def read_run(given: Mapping[str, Any], trainer: str, assumed: list[str]) -> tuple[Run, list[Problem]]:
+    """The run that `given` is in `trainer`, and what is wrong with it by kl_plugins' rules. Adds to `assumed`.
 
     Raises `ConfigError` or `UnknownLossError` for what is no configuration.
     """
@@ -117,35 +133,31 @@ def read_run(given: Mapping[str, Any], trainer: str, assumed: list[str]) -> tupl
     installed = installed_version(host)
     if installed and installed != VERSIONS[trainer].split()[1]:
         assumed.append(f"what {VERSIONS[trainer]} does, though {installed} is installed")
-    if host == "trl" and "use_bias_correction_kl" in options and _before(installed, 1, 10):
+    if host == "trl" and "use_bias_correction_kl" in options and older_than(installed, 1, 10):
         options["use_bias_correction_kl"] = (bool, False)
     settings = {name: default for name, (_, default) in options.items()} | convert(given, options, CHOICES)
     ours = convert(given, kl, {})
     updates, reused = _updates(trainer, settings, assumed)
-    if str(ours.get("kl")).lower() in ("none", "null"):
-        without = ", ".join(sorted(set(ours) - {"kl"}))
-        refuse([f"{without} set, but kl is None: name a configuration with kl"] if without else [])
+    chosen: Any = OPTIONS_OF[trainer](**ours)
+    chosen._none_from_words()
+    flags = [nested(settings)] if trainer == "openrlhf" else []
+    if flags:  # without any option of ours it is OpenRLHF that is started, not our launcher
+        problems = list(openrlhf_problems(chosen, *flags) if ours else ())
+    else:  # a config of TRL has its options and ours in one object, which the rules read
+        vars(chosen).update(settings)
+        problems = list(RULES[trainer](chosen))
+    if chosen.kl is None:
         term = _host_term(trainer, settings)
-        return Run(trainer, settings, None, None, term, term.in_reward, updates, reused), []
-    if trainer == "openrlhf":
-        chosen, spec, in_reward, refused = _openrlhf_spec(ours, settings, given)
-    else:
-        chosen, spec, in_reward, refused = _trl_spec(ours, trainer, settings)
-    return Run(trainer, settings, chosen, spec, None, in_reward, updates, reused), refused
-
-
-def _before(installed: str | None, *version: int) -> bool:
-    return installed is not None and tuple(map(int, re.findall(r"\d+", installed)[:2])) < version
+        return Run(trainer, settings, None, None, term, term.in_reward, updates, reused), problems
+    spec = _spec(chosen, problems, *flags)
+    in_reward = isinstance(chosen, PlacementOptions) and chosen.kl_in_reward
+    return Run(trainer, settings, chosen, spec, None, in_reward, updates, reused), problems
 
 
 def kl_options(trainer: str) -> dict[str, tuple[type, Any]]:
-    """The options of `KLOptions`, as `OPTIONS` has the host's. None is a value of each of them."""
-    names: dict[str, tuple[type, Any]] = {}
-    for name, hint in get_type_hints(KLOptions).items():
-        names[name] = (_kind(hint), None)
-    if trainer in ("grpo", "rloo", "gmpo"):
-        names |= {name: (_kind(hint), None) for name, hint in get_type_hints(ReferenceOptions).items()}
-    return names | ({"kl_placement": (str, None)} if trainer in ("ppo", "openrlhf") else {})
+    """The options of ours in a trainer, as `OPTIONS` has the host's. None is a value of each of them."""
+    hints = get_type_hints(OPTIONS_OF[trainer])
+    return {f.name: (_kind(hints[f.name]), None) for f in fields(OPTIONS_OF[trainer])}
 
 
 def _kind(hint: Any) -> type:
@@ -172,86 +184,20 @@ def _host_term(trainer: str, settings: Mapping[str, Any]) -> HostTerm:
     return TERMS[name]
 
 
-def _trl_spec(
-    ours: Mapping[str, Any], trainer: str, settings: Mapping[str, Any]
-) -> tuple[KLOptions, KLSpec, bool, list[Finding]]:
-    """As `kl_plugins.trl`'s configs make it, biased gradients let through."""
-    placement = ours.get("kl_placement") or "auto"
-    plain = {f.name for f in fields(KLOptions)}
-    kl = KLOptions(**{name: value for name, value in ours.items() if name in plain})
-    kl._none_from_words()
-    reference = ReferenceOptions(**{name: value for name, value in ours.items() if name.startswith("kl_reference")})
-    loss = get_loss(str(kl.kl))
-    refuse(distribution_problems(loss.name, "TRL's PPOTrainer") if trainer == "ppo" else [])
-    if placement not in ("auto", "loss", "reward"):
-        raise ConfigError(f"kl_placement={placement!r}: choose from auto, loss, reward")
-    in_reward = trainer == "ppo" and (placement == "reward" or (placement == "auto" and loss.in_reward))
-    chosen, problems = replace(kl, kl_allow_biased=True), []
-    if trainer == "rloo" and ours.get("kl_baseline", "auto") == "auto":
-        chosen.kl_baseline = kl.kl_baseline = "leave_one_out" if loss.in_reward else None
-    unused = {"kl_clip_epsilon", "kl_weight_clip", "kl_weight_clip_mode"} & set(ours)
-    if in_reward:
-        unused |= {"kl_gamma", "kl_off_policy", "kl_clip"} & set(ours)
-        problems = [
-            f"{name} is not used in the reward, where TRL's own apply: leave it out" for name in sorted(unused)
-        ]
-        problems += _ppo_reward_problems(kl, loss.in_reward)
-        gamma = settings["gamma"] if kl.kl_credit in (None, "to_go") else 1.0
-        defaults = {name: getattr(KLOptions(), name) for name in unused}
-        chosen = replace(chosen, **defaults | {"kl_clip": "combined", "kl_gamma": gamma})
-    elif kl.kl_clip == "combined":
-        problems = [f"{name} is not used with kl_clip='combined', where TRL's own apply" for name in sorted(unused)]
-        if trainer == "ppo":
-            problems.append("kl_clip='combined' puts the KL into the advantage: use kl_placement='reward' instead")
-    spec = chosen.kl_spec()
-    assert spec is not None
-    problems += [*kl.left_out_problems(spec), *reference.reference_problems()]
-    if trainer == "rloo" and kl.kl_clip == "combined" and set(kl.kl_leave_out) - {"first"}:
-        problems.append("kl_leave_out of tokens with kl_clip='combined', where a sequence has one number: drop one")
-    if trainer == "ppo" and kl.kl_leave_out_equal_rewards:
-        problems.append("kl_leave_out_equal_rewards needs several completions of a prompt: PPO generates one")
-    return kl, spec, in_reward, [_refused(problem, ours) for problem in problems]
+def _spec(chosen: Any, problems: Sequence[Problem], *flags: Any) -> KLSpec:
+    """What `chosen` asks for, biased gradients let through, if need be without the options that don't fit.
 
-
-def _ppo_reward_problems(kl: KLOptions, loss_in_reward: bool) -> list[str]:
-    problems = []
-    if not loss_in_reward:
-        problems.append(f"{kl.kl} is a term of the loss: leave kl_placement out, or use kl='k1_in_reward'")
-    if kl.kl_credit not in (None, "to_go"):
-        problems.append(f"kl_credit={kl.kl_credit!r}: PPO's rewards have credit 'to_go'; use kl_placement='loss'")
-    left_out = [name for name in kl.changed_kl_options() if name in LEAVE_OUT_OPTIONS]
-    problems += [f"{name} is not offered in the reward: use kl_placement='loss'" for name in left_out]
-    return problems
-
-
-def _openrlhf_spec(
-    ours: Mapping[str, Any], settings: Mapping[str, Any], given: Mapping[str, Any]
-) -> tuple[KLOptions, KLSpec, bool, list[Finding]]:
-    """As the launcher itself makes it, biased gradients let through."""
-    options = OpenRLHFOptions(**ours)
-    loss = get_loss(str(options.kl))
-    in_reward = options.kl_placement == "reward" or (options.kl_placement == "auto" and loss.in_reward)
-    args = nested(settings)
-    if args.algo.kl.init_coef <= 0:  # which is a finding of its own
-        args.algo.kl.init_coef = 1.0
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plan = plan_kl(replace(options, kl_allow_biased=True), args, resolve_tokens=False)
-            return options, plan.spec, in_reward, []
-    except ConfigError as error:
-        refused = [_refused(problem, given) for problem in error.args]
-    plain = KLOptions(**{name: value for name, value in ours.items() if name in {f.name for f in fields(KLOptions)}})
-    spec = replace(plain, kl_allow_biased=True, kl_baseline=None, kl_clip=None).kl_spec()
-    assert spec is not None
-    return options, spec, in_reward, refused
-
-
-def _refused(problem: str, given: Mapping[str, Any]) -> Finding:
-    """What kl_plugins refuses to start, with the options that it names as those to leave out."""
-    if "use kl_placement='loss'" in problem:
-        return Finding("refused", problem, {"kl_placement": "loss"})
-    return Finding("refused", problem, {name: None for name in given if name in problem and name != "kl"})
+    Raises `ConfigError` with all `problems` if that is nothing, either.
+    """
+    unfit = {name: None for problem in problems for name, value in problem.change.items() if value is None}
+    ours = {f.name for f in fields(chosen)}
+    for change in ({}, {name: None for name in unfit if name in ours}):
+        try:
+            spec: KLSpec = changed(chosen, change | {"kl_allow_biased": True}).kl_spec(*flags)
+        except ConfigError:
+            continue
+        return spec
+    raise ConfigError(*(problem.refusal for problem in refused(problems, allow_biased=chosen.kl_allow_biased)))
 
 
 def nested(settings: Mapping[str, Any]) -> SimpleNamespace:

@@ -5,9 +5,8 @@ Loads neither torch nor a host. What hosts do is in `host_terms` and `traps`; `e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,9 @@ from kl_plugins.core.registry import LOSSES
 from kl_plugins.explain.host_terms import BETA, HOSTS, NO_ENGINE, OURS, TERMS, VERSIONS, HostTerm
 from kl_plugins.explain.pitfalls import TRAPS
 from kl_plugins.explain.run import Finding, Run, kl_options, nested, read_run
+from kl_plugins.integration.problem import Problem
+from kl_plugins.integration.rules_openrlhf import reward_length_problems, sampler_problems
+from kl_plugins.integration.rules_trl import SUGGESTED_BETA, length_problems
 from kl_plugins.integration.sampling import sampling_problems
 
 TRAINERS = ("grpo", "rloo", "ppo", "gmpo")
@@ -24,7 +26,8 @@ CONFIGS = {
     "ppo": "kl_plugins.trl.PPOConfig",
     "gmpo": "kl_plugins.trl.GMPOConfig",
 }
-_SUGGESTED_BETA = {"grpo": 0.04, "gmpo": 0.04, "rloo": 0.05, "ppo": 0.05, "openrlhf": 0.01}
+# The host's own discount, which is that of a KL in the reward.
+DISCOUNT = {"ppo": "gamma", "openrlhf": "algo.advantage.gamma"}
 
 MEANING = {
     "reverse_kl": "KL(policy || reference) of whole sequences",
@@ -93,9 +96,16 @@ def explain_run(given: Mapping[str, Any], trainer: str, assumed: Sequence[str] =
     unknown options about a KL, values that don't exist.
     """
     assumptions = list(assumed)
-    run, refused = read_run(given, trainer, assumptions)
+    run, problems = read_run(given, trainer, assumptions)
     gradient = run.spec.gradient_of if run.spec else run.host_term.gradient_of
-    findings = [*refused, *_gradient_findings(run, gradient), *_beta_findings(run, given), *_sampling_findings(run)]
+    waives = run.kl is not None and run.kl.kl_allow_biased
+    findings = [
+        Finding("biased", problem.says, problem.change)
+        if problem.biases and waives
+        else Finding("refused", problem.refusal, problem.change)
+        for problem in problems
+    ]
+    findings += [*_gradient_findings(run, gradient), *_beta_findings(run, given), *_host_findings(run)]
     findings += _choice_findings(run, given)
     words = vars(nested(run.settings))  # for "{rollout.top_p}"
     findings += [
@@ -108,9 +118,8 @@ def explain_run(given: Mapping[str, Any], trainer: str, assumed: Sequence[str] =
     change = {} if verdict == "principled" else _change(run, flaws, given)
     word = run.spec.name[:2] if run.spec else run.host_term.estimator
     estimator = word if word in ("k1", "k2", "k3") else ""
-    kl = {"kl": run.kl.kl, **run.kl.kl_options()} if run.kl else {"kl": None}
-    placed = {name: given[name] for name in given if name == "kl_placement" or name.startswith("kl_reference")}
-    configuration = {**run.settings, **kl, **placed}
+    kl = {f.name: getattr(run.kl, f.name) for f in fields(run.kl)} if run.kl else {"kl": None}
+    configuration = {**run.settings, **kl}
     return Explanation(
         host=HOSTS[trainer] if run.spec is None else f"{HOSTS[trainer]} with kl_plugins",
         facts=f"{VERSIONS[trainer]}: {run.term.source}"
@@ -166,20 +175,22 @@ def _gradient_findings(run: Run, gradient: str) -> Iterator[Finding]:
     if run.spec is None or run.kl is None:
         says = f"{run.host_term.term}: its expected gradient is {_meaning(run, gradient)}"
         yield Finding(gradient, says, {"kl": ""})
+    elif not run.kl.kl_allow_biased:
+        return  # it is refused, which was said
     elif run.spec.loss.gradient_of[str(run.spec.credit)] == gradient:
-        waived = "kl_allow_biased lets it through" if run.kl.kl_allow_biased else "refused without kl_allow_biased"
-        says = f"{run.spec.name}: its expected gradient is {_meaning(run, gradient)} ({waived})"
+        says = f"{run.spec.name}: its expected gradient is {_meaning(run, gradient)} (kl_allow_biased lets it through)"
         yield Finding(gradient, says, {"kl": run.spec.loss.instead})
-    elif run.kl.kl_gamma != 1:
-        says = f"kl_gamma={run.kl.kl_gamma:g} discounts the KL: the gradient of neither the local nor the sequence KL"
-        yield Finding("biased", says, {"kl_gamma": None})
+    else:
+        name = DISCOUNT.get(run.trainer, "kl_gamma") if run.in_reward else "kl_gamma"
+        says = f"{name}={run.spec.gamma:g} discounts the KL: the gradient of neither the local nor the sequence KL"
+        yield Finding("biased", says, {name: None})
 
 
 def _beta_findings(run: Run, given: Mapping[str, Any]) -> Iterator[Finding]:
     name, beta = BETA[run.trainer], run.beta
-    if 0 < beta < float("inf"):
+    if 0 < beta < float("inf") or not run.stock:  # ours is refused, which was said
         return
-    change = {name: _SUGGESTED_BETA[run.trainer]}
+    change = {name: SUGGESTED_BETA[run.trainer]}
     default = "" if name in given else ", the default"
     if beta == 0 or run.trainer == "openrlhf":
         yield Finding("void", f"{name}={beta:g}{default}: no KL is applied", change)
@@ -207,18 +218,23 @@ def _choice_findings(run: Run, given: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _sampling_findings(run: Run) -> Iterator[Finding]:
-    if "temperature" in run.settings:
-        for problem in sampling_problems(SimpleNamespace(**run.settings)):
-            option = re.split(r"\W", problem)[0]
-            yield Finding("biased", problem.removesuffix(", or pass kl_allow_biased=True"), {option: None})
+def _host_findings(run: Run) -> Iterator[Finding]:
+    """What of the host's own options biases its own KL, or any KL without being refused with ours."""
+    problems: list[Problem] = []
+    if run.trainer == "openrlhf" and run.stock:
+        args = nested(run.settings)
+        problems += [*sampler_problems(args), *reward_length_problems(args, run.in_reward)]
+    elif run.trainer in ("grpo", "rloo", "gmpo"):
+        problems += sampling_problems(SimpleNamespace(**run.settings)) if run.stock else ()
+        problems += length_problems(run.trainer, run.settings.get("loss_type"))
+    yield from (Finding("biased", problem.says, problem.change) for problem in problems)
 
 
 def _change(run: Run, flaws: Sequence[Finding], given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that mend all flaws; None leaves one out."""
     change: dict[str, Any] = {}
     for flaw in flaws:
-        change |= flaw.change
+        change |= {name: value for name, value in flaw.change.items() if value is not None or name in given}
     if not flaws:  # another divergence
         change["kl"] = run.spec.loss.instead if run.spec else ""
     if "kl" in change:

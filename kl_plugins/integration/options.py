@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,7 +16,10 @@ from kl_plugins.integration.leave_out import words_of
 # Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
 COEFFICIENT_BOUND = 1e6
 CONTROLLER_OPTIONS = tuple(f.name for f in fields(ControllerSpec))
+UNUSED_IN_REWARD = ("kl_gamma", "kl_off_policy", "kl_weight_clip", "kl_weight_clip_mode", "kl_clip", "kl_clip_epsilon")
 LEAVE_OUT_OPTIONS = ("kl_leave_out", "kl_leave_out_equal_rewards")
+# OpenRLHF's estimators that give each prompt a group of completions, whose other members can be a baseline.
+GROUP_ESTIMATORS = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
 
 
 def option(default: Any, help: str) -> Any:
@@ -29,7 +32,7 @@ def option(default: Any, help: str) -> Any:
 
 def without_words(options: dict[str, Any]) -> dict[str, Any]:
     """With None for "none" and "null", where None is an option: a command line has no other way to say it."""
-    may_be_none = {"kl", "kl_credit", "kl_baseline", "kl_clip", "kl_top_k"} & options.keys()
+    may_be_none = {"kl", "kl_credit", "kl_baseline", "kl_clip", "kl_reference"} & options.keys()
     return options | {name: None for name in may_be_none if str(options[name]).lower() in ("none", "null")}
 
 
@@ -52,8 +55,6 @@ class KLOptions:
     kl_nonfinite: str = option(
         "error", "A NaN or inf log-prob of the reference: error, or drop (and count) the token."
     )
-    kl_top_k: int | None = option(None, "Of an exact KL: sum over the likeliest tokens only; None is all of them.")
-    kl_tail: str = option("sampled", "With kl_top_k, the rest of the vocabulary: sampled, or bucket (biased).")
     kl_allow_biased: bool = option(False, "Let a configuration with a zero or biased gradient through.")
     kl_controller: str = option(
         "fixed", "Of beta: fixed; linear or cosine, to kl_beta_end; proportional or pi, towards kl_target."
@@ -74,10 +75,14 @@ class KLOptions:
 
     def kl_spec(self) -> KLSpec | None:
         """The checked `KLSpec` of these fields, or None if `kl` is None. Raises what `KLSpec` raises."""
+        return self._spec(self.kl_options())
+
+    def _spec(self, chosen: Mapping[str, Any], *, gamma: str = "kl_gamma=") -> KLSpec | None:
+        """The `KLSpec` of `kl` and the `chosen` options; `gamma` is what its discount is called in messages."""
         if self.kl is None:
             return None
         elsewhere = (*CONTROLLER_OPTIONS, *LEAVE_OUT_OPTIONS)
-        options = {n.removeprefix("kl_"): v for n, v in self.kl_options().items() if n not in elsewhere}
+        options = {n.removeprefix("kl_"): v for n, v in chosen.items() if n not in elsewhere}
         if self.kl_coefficient_bound is None and get_loss(self.kl).may_overflow:
             options["coefficient_bound"] = COEFFICIENT_BOUND
         if set(self.kl_leave_out) - {"first"}:
@@ -85,69 +90,37 @@ class KLOptions:
         try:
             return KLSpec.from_name(self.kl, **options)
         except ConfigError as error:
-            raise ConfigError(*map(_by_field, error.args)) from None
+            raise ConfigError(*(_by_field(problem).replace("kl_gamma=", gamma) for problem in error.args)) from None
 
     def controller(self, beta: float) -> Controller:
         """What changes the coefficient `beta` in the course of a training. Raises what `ControllerSpec` raises."""
         return ControllerSpec(**{name: getattr(self, name) for name in CONTROLLER_OPTIONS}).start(beta)
 
-    def spec_problems(self) -> tuple[str, ...]:
-        """What `kl_spec` refuses."""
-        try:
-            spec = self.kl_spec()
-        except ConfigError as error:
-            return error.args
-        return self.left_out_problems(spec)
-
-    def left_out_problems(self, spec: KLSpec | None) -> tuple[str, ...]:
-        """What is wrong with `kl_leave_out`, before there is a tokenizer."""
-        if spec is None or spec.can_leave_tokens_out or not set(self.kl_leave_out) - {"first"}:
-            return ()
-        asked = f"kl_leave_out={self.kl_leave_out} with {spec.name} and credit {spec.credit!r}: "
-        if spec.loss.exact:
-            why = "an exact KL sums over all tokens, so that no kind of them can be left out"
-            return (asked + why + "; use 'first', kl_leave_out_equal_rewards, or kl='k1_in_reward' or 'k2_as_loss'",)
-        why = "what a left-out token costs those before it is known for k1 only"
-        return (asked + why + "; use kl_credit='token' or kl='k1_in_reward'",)
-
     def leaves_out(self) -> bool:
         """Whether anything may be left out of the KL."""
         return bool(self.kl_leave_out) or self.kl_leave_out_equal_rewards
-
-    def controller_problems(self, beta: float) -> tuple[str, ...]:
-        """What `controller` refuses."""
-        try:
-            self.controller(beta)
-        except ConfigError as error:
-            return error.args
-        return ()
 
     def kl_options(self) -> dict[str, Any]:
         """What was chosen for each option but `kl`, under the names of the fields."""
         return {f.name: getattr(self, f.name) for f in fields(KLOptions) if f.name != "kl"}
 
     def changed_kl_options(self) -> list[str]:
-        """The options that are not at the default of this package."""
+        """The options, but for `kl`, that are not at the default of this package."""
         defaults = {f.name: f.metadata["default"] for f in fields(self) if "default" in f.metadata}
-        return [name for name in self.kl_options() if getattr(self, name) != defaults[name]]
+        return [name for name, value in defaults.items() if name != "kl" and getattr(self, name) != value]
 
     def _none_from_words(self) -> None:
-        for name, value in without_words({f.name: getattr(self, f.name) for f in fields(KLOptions)}).items():
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith("kl")}
+        for name, value in without_words(chosen).items():
             setattr(self, name, value)
         clip: Any = self.kl_weight_clip
         self.kl_weight_clip = list(clip) if isinstance(clip, tuple) else clip
         self.kl_leave_out = words_of(self.kl_leave_out)
 
 
-def _by_field(problem: str) -> str:
-    """With an option of `KLSpec` as the field that it is here."""
-    names = "|".join(f.name for f in fields(KLSpec) if f.name != "name")
-    return re.sub(rf"(?<!\w)({names})(?==)", r"kl_\1", problem)
-
-
 @dataclass
-class ReferenceOptions:
-    """Which policy the KL is to, for the hosts whose reference can be chosen."""
+class ReferenceOptions(KLOptions):
+    """With which policy the KL is to: for TRL's GRPO and GMPO, whose reference can be chosen."""
 
     kl_reference: str | None = option(
         None,
@@ -158,24 +131,105 @@ class ReferenceOptions:
     )
     kl_reference_decay: float = option(0.0, "What remains of the reference then: 0 replaces it, 0.99 averages.")
 
-    def changed_reference_options(self) -> list[str]:
-        """The options that are not at their default."""
-        return [f.name for f in fields(ReferenceOptions) if getattr(self, f.name) != f.default]
 
-    def reference_problems(self) -> Iterator[str]:
-        """What is wrong with them, before there is a model."""
-        every: Any = self.kl_reference_every
-        decay: Any = self.kl_reference_decay
-        reference: Any = self.kl_reference
-        if reference is not None and not isinstance(reference, str):
-            yield f"kl_reference={reference!r}: a path, a hub id, 'base' or 'adapter:NAME' was expected"
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            yield f"kl_reference_every={every!r}: a number of optimizer steps, at least 1"
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-            yield f"kl_reference_decay={decay!r}: what remains of the reference at an update is in [0, 1)"
-        elif decay and every is None:
-            yield f"kl_reference_decay={decay} moves nothing by itself: set kl_reference_every, 1 for all steps"
-        if self.kl_reference == "adapter:ref":
-            yield "kl_reference='adapter:ref', TRL's name for its own: save that adapter under another name"
-        if every is not None and self.kl_reference == "base":
-            yield "kl_reference='base' with kl_reference_every: the base model is no adapter to move; leave one out"
+@dataclass
+class RLOOOptions(ReferenceOptions):
+    """For TRL's RLOO, whose own baseline is the mean of the other completions."""
+
+    kl_baseline: str | None = option(
+        "auto", "leave_one_out, None, or auto: leave_one_out for the in-reward configurations, as RLOO does."
+    )
+
+    def kl_options(self) -> dict[str, Any]:
+        """What was chosen for each option but `kl`, with `kl_baseline="auto"` resolved."""
+        options = super().kl_options()
+        if options["kl_baseline"] == "auto" and self.kl is not None:
+            options["kl_baseline"] = "leave_one_out" if get_loss(self.kl).in_reward else None
+        return options
+
+
+@dataclass
+class PlacementOptions(KLOptions):
+    """With the place of the term, for hosts with returns and a critic."""
+
+    kl_placement: str = option(
+        "auto",
+        "loss, reward (through the host's returns and critic), or auto: reward for in-reward configurations.",
+    )
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the term is a per-token reward instead of a term of the loss."""
+        if self.kl is None or self.kl_placement != "auto":
+            return self.kl is not None and self.kl_placement == "reward"
+        return get_loss(self.kl).in_reward
+
+    def in_reward(self, *, gamma: float) -> dict[str, Any]:
+        """What holds for each option but `kl` in the reward, under a host's own discount `gamma`, ratio and clip."""
+        defaults = {f.name: f.metadata["default"] for f in fields(self)}
+        options = KLOptions.kl_options(self) | {name: defaults[name] for name in UNUSED_IN_REWARD}
+        options["kl_clip"] = "combined"
+        if self.kl_credit in (None, "to_go"):
+            options["kl_gamma"] = gamma
+        return options
+
+
+@dataclass
+class PPOOptions(PlacementOptions):
+    """For TRL's PPO. Its `gamma`, which discounts rewards, is read from the same object."""
+
+    def kl_options(self) -> dict[str, Any]:
+        """What holds for each option but `kl`; in the reward TRL's own discount, ratio and clip."""
+        host: Any = self
+        return self.in_reward(gamma=host.gamma) if self.kl_in_reward else super().kl_options()
+
+    def kl_spec(self) -> KLSpec | None:
+        """The checked `KLSpec`, or None if `kl` is None. Raises what `KLSpec` raises."""
+        return self._spec(self.kl_options(), gamma="gamma=" if self.kl_in_reward else "kl_gamma=")
+
+
+@dataclass
+class OpenRLHFOptions(PlacementOptions):
+    """For OpenRLHF, whose `--algo.kl.init_coef` stays the coefficient (beta). Its flags, parsed, are `args`."""
+
+    kl: str | None = option(None, "KL configuration, e.g. k2_as_loss; `kl-plugins explain` lists them.")
+    kl_clip: str | None = option(None, "PPO's clip on a KL in the loss: separate, or none.")
+    kl_baseline: str | None = option(
+        "auto", "leave_one_out, none, or auto: leave_one_out for the in-reward configurations of group estimators."
+    )
+    kl_monitor: bool = option(
+        False, "Log what the KL does (docs/monitoring.md): that of --kl or, without it, OpenRLHF's own."
+    )
+
+    def __post_init__(self) -> None:
+        self._none_from_words()
+
+    def kl_options(self, args: Any = None) -> dict[str, Any]:
+        """What holds for each option but `kl` under the flags `args`; without them as if they were at their defaults.
+
+        In the reward these are OpenRLHF's own discount, ratio and clip.
+        """
+        options = super().kl_options()
+        if self.kl_in_reward:
+            options = self.in_reward(gamma=1.0 if args is None else openrlhf_gamma(args))
+        if options["kl_baseline"] == "auto":
+            groups = args is not None and args.algo.advantage.estimator in GROUP_ESTIMATORS
+            groups = groups and args.rollout.n_samples_per_prompt > 1 and get_loss(str(self.kl)).in_reward
+            options["kl_baseline"] = "leave_one_out" if groups else None
+        return options
+
+    def kl_spec(self, args: Any = None) -> KLSpec | None:
+        """The checked `KLSpec` under the flags `args`, or None if `kl` is None. Raises what `KLSpec` raises."""
+        return self._spec(self.kl_options(args), gamma="--algo.advantage.gamma " if self.kl_in_reward else "kl_gamma=")
+
+
+def openrlhf_gamma(args: Any) -> float:
+    """What OpenRLHF, with the flags `args`, discounts rewards with: the other estimators set gamma to 1 themselves."""
+    advantage = args.algo.advantage
+    return float(advantage.gamma) if advantage.estimator in ("gae", "reinforce") else 1.0
+
+
+def _by_field(problem: str) -> str:
+    """With an option of `KLSpec` as the field that it is here."""
+    names = "|".join(f.name for f in fields(KLSpec) if f.name != "name")
+    return re.sub(rf"(?<!\w)({names})(?==)", r"kl_\1", problem)

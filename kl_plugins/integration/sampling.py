@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from kl_plugins.integration.problem import Problem
 
 # Option -> values that leave the policy's own distribution alone.
 _FIELDS = {
@@ -31,32 +34,30 @@ _HARMLESS = {"max_new_tokens", "max_tokens", "seed", "stop", "stop_strings", "st
 _HARMLESS |= {"cache_implementation", "skip_special_tokens", "detokenize"}
 
 
-def sampling_problems(config: Any) -> list[str]:
+def sampling_problems(config: Any) -> Iterator[Problem]:
     """What in a TRL config makes the sampler differ from the policy whose log-probs are taken."""
-    problems = [
-        _problem(name, getattr(config, name), f"use {name}={neutral[0]!r}")
-        for name, neutral in _FIELDS.items()
-        if getattr(config, name) not in neutral
-    ]
+    for name, neutral in _FIELDS.items():
+        if getattr(config, name) not in neutral:
+            yield _problem(name, getattr(config, name), f"use {name}={neutral[0]!r}", {name: None})
     for name, value in (config.generation_kwargs or {}).items():
         same = (name == "temperature" and value == config.temperature) or (name == "do_sample" and value is True)
         if not same and name not in _HARMLESS and value not in _FIELDS.get(name, ()):
-            problems.append(_problem(f"generation_kwargs[{name!r}]", value, "leave it out"))
-    return problems
+            yield _problem(f"generation_kwargs[{name!r}]", value, "leave it out", {"generation_kwargs": None})
 
 
 def model_generation_problems(generation_config: Any) -> list[str]:
     """What in a model's own `generation_config` does: transformers applies it where TRL sets nothing."""
     return [
-        _problem(f"the model's generation_config.{name}", value, "reset it")
+        _problem(f"the model's generation_config.{name}", value, "reset it", {}).refusal
         for name, neutral in _IN_A_MODEL.items()
         if (value := getattr(generation_config, name, None)) not in neutral
     ]
 
 
-def _problem(name: str, value: Any, remedy: str) -> str:
-    return (
+def _problem(name: str, value: Any, remedy: str, change: Mapping[str, Any]) -> Problem:
+    return Problem(
         f"{name}={value!r}: tokens may be drawn from another distribution than the policy's, whose log-probs are "
-        f"taken, which biases every sampled KL; {remedy} (the config's temperature is accounted for), or pass "
-        "kl_allow_biased=True"
+        f"taken, which biases every sampled KL; {remedy} (the config's temperature is accounted for)",
+        change,
+        biases=True,
     )

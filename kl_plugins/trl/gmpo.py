@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 from trl.experimental import gmpo as host
 
-from kl_plugins.errors import refuse
+from kl_plugins.integration.problem import Problem, refuse_problems
+from kl_plugins.integration.rules_trl import gmpo_clip_problems, gmpo_problems
 from kl_plugins.trl.config import GRPOFields, TrainerPair, check_trl
 from kl_plugins.trl.grpo import KLInGRPO
 from kl_plugins.trl.trainer import completion_mask
-
-COMBINED = "kl_clip='combined': GMPO's advantage is one number a sequence; use kl_clip='separate' or None"
 
 
 @dataclass
@@ -23,10 +22,8 @@ class GMPOFields(GRPOFields):
 
     kl_part = "grpo gmpo"
 
-    def _contradictions(self) -> Iterator[str]:
-        yield from super()._contradictions()
-        if self.kl_clip == "combined":
-            yield COMBINED
+    def _problems(self) -> Iterator[Problem]:
+        return gmpo_problems(self)
 
 
 @dataclass
@@ -44,7 +41,7 @@ class KLInGMPO(KLInGRPO):
         super().start_kl()
         if self.kl_spec is not None:
             check_trl(*GMPOFields.kl_part.split())
-            refuse([COMBINED] if self.kl_spec.clip == "combined" else [])
+            refuse_problems(gmpo_clip_problems(self.args), allow_biased=False)
 
     def _reduced(self, term: Tensor, inputs: dict[str, Any]) -> Tensor:
         mask = completion_mask(inputs)

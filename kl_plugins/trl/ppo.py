@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kl_plugins.core.advantages import refresh_advantages, token_penalty
-from kl_plugins.core.registry import distribution_problems, get_loss
-from kl_plugins.core.spec import KLSpec
-from kl_plugins.errors import ConfigError, PatchError, refuse
-from kl_plugins.integration.options import LEAVE_OUT_OPTIONS
+from kl_plugins.errors import PatchError, refuse
+from kl_plugins.integration.options import PPOOptions
+from kl_plugins.integration.problem import Problem
+from kl_plugins.integration.rules_trl import ppo_problems
 from kl_plugins.integration.sampling import model_generation_problems
 from kl_plugins.patching import load_patches
 from kl_plugins.patching.rewrite import HOST, Edit, edited
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from kl_plugins.trl.host import PPOHostTrainer as Host
 else:
     Host = object
-
-PLACEMENTS = ("auto", "loss", "reward")
 
 _MASK = "~padding_mask"
 _MICRO = "mb_logprobs, ref_logprobs[micro_batch_inds], ~padding_mask[micro_batch_inds]"
@@ -108,7 +106,7 @@ class GuardedBeta(float):
 
 
 @dataclass
-class PPOFields(KLConfigMixin):
+class PPOFields(PPOOptions, KLConfigMixin):
     """The KL options of `kl_plugins.KLSpec`, each with a `kl_` in front. `kl_coef` is the coefficient (beta).
 
     Raises, before any model is loaded: `UnknownLossError`, `ConfigError` (an option that doesn't exist, isn't used by
@@ -117,94 +115,15 @@ class PPOFields(KLConfigMixin):
     """
 
     kl_beta_field = "kl_coef"
-    kl_placement: str = field(
-        default="auto",
-        metadata={"help": "loss, reward (through GAE and the critic), or auto: reward for in-reward configurations."},
-    )
 
     def _check_host(self) -> None:
         train_with_kl()
-        refuse(distribution_problems(str(self.kl), "TRL's PPOTrainer"))
 
     def _guarded(self, beta: float) -> float:
         return GuardedBeta(beta)
 
-    @property
-    def kl_in_reward(self) -> bool:
-        """Whether the term is a per-token reward instead of a term of the loss."""
-        if self.kl is None or self.kl_placement != "auto":
-            return self.kl is not None and self.kl_placement == "reward"
-        return get_loss(self.kl).in_reward
-
-    def kl_options(self) -> dict[str, Any]:
-        """As everywhere; in the reward under TRL's own discount, ratio and clip."""
-        options = super().kl_options()
-        if self.kl_in_reward:
-            options["kl_clip"] = "combined"
-            if self.kl_credit in (None, "to_go"):
-                options["kl_gamma"] = self.gamma
-        return options
-
-    def kl_spec(self) -> KLSpec | None:
-        """As everywhere."""
-        try:
-            return super().kl_spec()
-        except ConfigError as error:
-            if not self.kl_in_reward:
-                raise
-            raise ConfigError(*(each.replace("kl_gamma=", "gamma=") for each in error.args)) from None
-
-    def changed_kl_options(self) -> list[str]:
-        """The options that are not at their default."""
-        return [*super().changed_kl_options(), *(["kl_placement"] if self.kl_placement != "auto" else [])]
-
-    def _placement_problems(self) -> list[str]:
-        if self.kl_placement not in PLACEMENTS:
-            return [f"kl_placement={self.kl_placement!r}: choose from {', '.join(PLACEMENTS)}"]
-        if not self.kl_in_reward:
-            if self.kl_clip == "combined":
-                return ["kl_clip='combined' puts the KL into the advantage: use kl_placement='reward' instead"]
-            return []
-        problems = []
-        if not get_loss(str(self.kl)).in_reward:
-            problems.append(f"{self.kl} is a term of the loss: leave kl_placement out, or use kl='k1_in_reward'")
-        if self.kl_credit not in (None, "to_go"):
-            problems.append(
-                f"kl_credit={self.kl_credit!r}: PPO sums rewards from a token on, which is credit 'to_go'; use "
-                "kl_placement='loss' for others"
-            )
-        unused = {"kl_gamma", "kl_off_policy", "kl_weight_clip", "kl_weight_clip_mode", "kl_clip", "kl_clip_epsilon"}
-        problems += [
-            f"{name}={getattr(self, name)!r} is not used in the reward, where TRL's own gamma, lam, ratio and "
-            "cliprange apply to the KL: leave it out, or use kl_placement='loss'"
-            for name in self.changed_kl_options()
-            if name in unused
-        ]
-        problems += [
-            f"{name}={getattr(self, name)!r}: in the reward TRL's GAE would charge a left-out token with what only "
-            "those before it owe; use kl_placement='loss'"
-            for name in self.changed_kl_options()
-            if name in LEAVE_OUT_OPTIONS
-        ]
-        if self.whiten_rewards:
-            problems.append(
-                "whiten_rewards=True divides the KL in the reward by the rewards' standard deviation and adds a "
-                "constant to every token, which rewards length: leave it out, or use kl_placement='loss'"
-            )
-        return problems
-
-    def _contradictions(self) -> Iterator[str]:
-        yield from self._placement_problems()
-        yield from super()._contradictions()
-        if self.kl_estimator != "k1":
-            yield f"kl_estimator={self.kl_estimator!r} names TRL's own KL, which kl={self.kl!r} replaces: leave it out"
-        if self.kl_leave_out_equal_rewards:
-            yield "kl_leave_out_equal_rewards needs several completions of a prompt: leave it out, PPO generates one"
-        if self.kl_baseline is not None:
-            yield (
-                f"kl_baseline={self.kl_baseline!r} needs several completions of a prompt, but PPO generates one, and "
-                "its critic is the baseline: leave it out"
-            )
+    def _problems(self) -> Iterator[Problem]:
+        return ppo_problems(self)
 
 
 @dataclass

@@ -466,7 +466,6 @@ def test_logits_are_never_written_out(make_trainer, variant, monkeypatch):
 
 def test_options_that_are_refused(tmp_path):
     for options, says in (
-        ({"kl_top_k": 5}, "kl_top_k=5: TRL's trainers sum over the whole vocabulary"),
         ({"sync_ref_model": True}, "sync_ref_model=True changes the reference between"),
         (
             {"kl_clip": "combined"},
