@@ -166,7 +166,7 @@ class PlacementOptions(KLOptions):
 
     def in_reward(self, *, gamma: float) -> dict[str, Any]:
         """What holds for each option but `kl` in the reward, under a host's own discount `gamma`, ratio and clip."""
-        defaults = {f.name: f.metadata["default"] for f in fields(self)}
+        defaults = {f.name: f.metadata["default"] for f in fields(KLOptions)}
         options = KLOptions.kl_options(self) | {name: defaults[name] for name in UNUSED_IN_REWARD}
         options["kl_clip"] = "combined"
         if self.kl_credit in (None, "to_go"):

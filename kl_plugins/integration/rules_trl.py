@@ -157,7 +157,11 @@ def length_problems(trainer: str, loss_type: str | None = None) -> Iterator[Prob
     """Where a trainer divides each completion's KL by its own length: trained all the same, with a warning."""
     biases = "divides the KL of each completion by its own length, which biases any KL's gradient where lengths vary"
     if trainer == "gmpo":
-        yield Problem(f"GMPO {biases}: GRPO and RLOO needn't", {"kl": ""}, biases=True)
+        yield Problem(
+            f"GMPO {biases}: use GRPO with importance_sampling_level='sequence' and loss_type='dapo' or 'dr_grpo'",
+            {"kl": ""},
+            biases=True,
+        )
     elif loss_type in ("grpo", "sapo"):
         yield Problem(
             f"loss_type={loss_type!r} {biases}: use 'dapo' (by the batch's tokens) or 'dr_grpo' (by a constant)",

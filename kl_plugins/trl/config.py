@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import trl
 
@@ -16,6 +17,7 @@ from kl_plugins.integration.rules_trl import grpo_problems, rloo_problems
 from kl_plugins.patching import check, load_patches, untested_allowed
 from kl_plugins.trl.host_beta import guarded_beta
 
+Config = TypeVar("Config", bound=type)
 NO_KL = "no KL was named: add kl=... (--kl NAME), or start TRL itself to train with its own"
 
 
@@ -87,12 +89,7 @@ class TrainerPair:
 
 @dataclass
 class OnlineFields(ReferenceOptions, KLConfigMixin):
-    """The KL options of `kl_plugins.KLSpec`, each with a `kl_` in front. `beta` keeps TRL's meaning.
-
-    Raises, before any model is loaded: `UnknownLossError`, `ConfigError` (an option that doesn't exist, isn't used by
-    the chosen configuration or contradicts TRL's; `beta=0`; a zero or biased gradient) or `PatchError` (a TRL that
-    wasn't tested).
-    """
+    """What the configs of GRPO, GMPO and RLOO have besides TRL's fields; TRL's `beta` is the coefficient of the KL."""
 
     kl_part = ""
     """The part of `patches/trl.toml` that the trainer relies on."""
@@ -125,11 +122,36 @@ class RLOOFields(RLOOOptions, OnlineFields):
         return rloo_problems(self)
 
 
+def documented(config: Config) -> Config:
+    """Add the `kl_*` fields of a config, from their help texts, and what it raises to its docstring, as TRL has it."""
+    lines = ["    Parameters:", "        > Parameters that control the KL to the reference", ""]
+    for f in fields(config):
+        if f.name == "kl" or (f.name.startswith("kl_") and "default" in f.metadata):
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            shown = f'"{default}"' if isinstance(default, str) else repr(default)
+            kind = str(f.type).removesuffix(" | None")
+            optional = "*optional*" if default is None else f"*optional*, defaults to `{shown}`"
+            lines.append(f"        {f.name} (`{kind}`, {optional}):")
+            lines.append(textwrap.fill(f.metadata["help"], 119, initial_indent=" " * 12, subsequent_indent=" " * 12))
+    config.__doc__ = "\n".join([config.__doc__ or "", "", *lines, "", *_RAISES, "    "])
+    return config
+
+
+_RAISES = """\
+    Raises, before any model is loaded:
+        `ConfigError`: an option that doesn't exist, isn't used by the chosen configuration or contradicts TRL's; a
+            coefficient that isn't positive; a zero or biased gradient. All problems at once.
+        `UnknownLossError`: nobody registered `kl`.
+        `PatchError`: a TRL that wasn't tested.""".splitlines()
+
+
+@documented
 @dataclass
 class GRPOConfig(GRPOFields, trl.GRPOConfig):
-    """[`trl.GRPOConfig`] with the options of `OnlineFields`, and what those raise."""
+    """[`trl.GRPOConfig`] with the KL that `kl` names; without one it is TRL's own."""
 
 
+@documented
 @dataclass
 class RLOOConfig(RLOOFields, trl.RLOOConfig):
-    """[`trl.RLOOConfig`] with the options of `OnlineFields`, and what those raise."""
+    """[`trl.RLOOConfig`] with the KL that `kl` names; without one it is TRL's own."""

@@ -11,7 +11,7 @@ from trl.experimental import gmpo as host
 
 from kl_plugins.integration.problem import Problem, refuse_problems
 from kl_plugins.integration.rules_trl import gmpo_clip_problems, gmpo_problems
-from kl_plugins.trl.config import GRPOFields, TrainerPair, check_trl
+from kl_plugins.trl.config import GRPOFields, TrainerPair, check_trl, documented
 from kl_plugins.trl.grpo import KLInGRPO
 from kl_plugins.trl.trainer import completion_mask
 
@@ -26,15 +26,16 @@ class GMPOFields(GRPOFields):
         return gmpo_problems(self)
 
 
+@documented
 @dataclass
 class GMPOConfig(GMPOFields, host.GMPOConfig):
-    """[`trl.experimental.gmpo.GMPOConfig`] with the options of `OnlineFields`, and what those raise."""
+    """[`trl.experimental.gmpo.GMPOConfig`] with the KL that `kl` names; without one it is TRL's own."""
 
 
 class KLInGMPO(KLInGRPO):
     """The methods of our `GMPOTrainer`, to be mixed into TRL's own or into a class that derives from it."""
 
-    length_normalized = "GMPO"
+    length_normalized = "gmpo"
 
     def start_kl(self) -> None:
         """As `KLTrainer.start_kl`; and check for GMPO what a `GRPOConfig`, which it may be given, has not checked."""

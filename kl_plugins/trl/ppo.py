@@ -24,7 +24,7 @@ from kl_plugins.integration.sampling import model_generation_problems
 from kl_plugins.patching import load_patches
 from kl_plugins.patching.rewrite import HOST, Edit, edited
 from kl_plugins.patching.versions import installed_version
-from kl_plugins.trl.config import KLConfigMixin, TrainerPair, check_trl
+from kl_plugins.trl.config import KLConfigMixin, TrainerPair, check_trl, documented
 from kl_plugins.trl.term import KLTermMixin
 
 try:
@@ -107,12 +107,7 @@ class GuardedBeta(float):
 
 @dataclass
 class PPOFields(PPOOptions, KLConfigMixin):
-    """The KL options of `kl_plugins.KLSpec`, each with a `kl_` in front. `kl_coef` is the coefficient (beta).
-
-    Raises, before any model is loaded: `UnknownLossError`, `ConfigError` (an option that doesn't exist, isn't used by
-    the chosen configuration or contradicts TRL's; `kl_coef=0`; a zero or biased gradient) or `PatchError` (a TRL that
-    wasn't tested).
-    """
+    """What `PPOConfig` has besides TRL's fields; TRL's `kl_coef` is the coefficient of the KL (beta)."""
 
     kl_beta_field = "kl_coef"
 
@@ -126,9 +121,10 @@ class PPOFields(PPOOptions, KLConfigMixin):
         return ppo_problems(self)
 
 
+@documented
 @dataclass
 class PPOConfig(PPOFields, host.PPOConfig):
-    """[`trl.experimental.ppo.PPOConfig`] with the options of `PPOFields`, and what those raise."""
+    """[`trl.experimental.ppo.PPOConfig`] with the KL that `kl` names; without one it is TRL's own."""
 
 
 class KLInPPO(KLTermMixin, Host):

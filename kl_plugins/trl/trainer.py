@@ -16,6 +16,7 @@ from kl_plugins.core.terms import KLTerms, leave_one_out_baseline
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.integration.leave_out import equal_reward_rows
 from kl_plugins.integration.recorder import Recorder
+from kl_plugins.integration.rules_trl import length_problems
 from kl_plugins.integration.sampling import model_generation_problems
 from kl_plugins.trl.controller import say_dropped_controller
 from kl_plugins.trl.exact import ExactScoring, distribution_problems
@@ -47,7 +48,7 @@ class KLTrainer(KLTermMixin, Host):
     kl_reference: MovingReference | None = None
     _exact: ExactScoring | None = None  # if the KL is summed over the vocabulary
     length_normalized = ""
-    """The name of a trainer that divides each completion's KL by its own length, whatever its `loss_type`."""
+    """`"gmpo"`: it divides each completion's KL by its own length, whatever its `loss_type`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = [*args, *kwargs.values()]
@@ -88,13 +89,8 @@ class KLTrainer(KLTermMixin, Host):
         if self.args.kl_leave_out_equal_rewards:
             kept += ", on the groups whose rewards differ (a choice that depends on what was drawn)"
         self.say_gradient(kept)
-        loss_type = getattr(self.args, "loss_type", None)
-        by_length = self.length_normalized or (f"loss_type={loss_type!r}" if loss_type in ("grpo", "sapo") else "")
-        if by_length:
-            logger.warning(
-                f"{by_length} divides every completion's KL by its own length, which biases any KL's "
-                "gradient where lengths vary; 'dr_grpo', 'luspo' and RLOO divide by a constant"
-            )
+        for problem in length_problems(self.length_normalized, getattr(self.args, "loss_type", None)):
+            logger.warning(problem.says)
 
     def _get_per_token_logps_and_entropies(
         self, *args: Any, **kwargs: Any

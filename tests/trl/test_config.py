@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import dataclasses
+import inspect
 import json
 import math
 import pickle
+import re
 import shutil
 import sys
 import types
@@ -17,7 +21,7 @@ from trl import TrlParser
 
 import kl_plugins.patching.versions
 from kl_plugins import ConfigError, PatchError, UnknownLossError
-from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig
+from kl_plugins.trl import GMPOConfig, GRPOConfig, GRPOTrainer, RLOOConfig
 from kl_plugins.trl.vllm import require_processed_logprobs
 
 QUIET = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.04}
@@ -130,6 +134,22 @@ def test_an_untested_trl_is_refused(config, monkeypatch):
     with pytest.raises(PatchError, match=r"\(.*, vllm\) can't be hooked:\n- 1\.17\.0 was not tested, 1\.16\.0 was"):
         make(config, kl="k2_as_loss", use_vllm=True)
     make(config)  # without kl it is TRL's own trainer, whatever its version
+
+
+def documented_defaults(text):
+    """What a docstring in TRL's manner says of each `kl_*` field: its default."""
+    found = re.findall(r"^ +(kl\w*) \(`[^`]+`, \*optional\*(?:, defaults to `(.+)`)?\):\n +\w.+$", text, re.MULTILINE)
+    return {name: ast.literal_eval(default or "None") for name, default in found}
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig, GMPOConfig])
+def test_every_option_is_documented_with_its_default(config):
+    made = make(config)
+    ours = {f.name: getattr(made, f.name) for f in dataclasses.fields(config) if f.name.startswith("kl")}
+    assert len(ours) > 20
+    assert documented_defaults(inspect.getdoc(config)) == ours
+    assert documented_defaults(inspect.getdoc(config).replace('"token"', '"prefix"')) != ours
+    assert documented_defaults(inspect.getdoc(trl.GRPOConfig)) == {}
 
 
 @BOTH
