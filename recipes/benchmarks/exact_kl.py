@@ -11,7 +11,7 @@ The floor of a step is what its passes over the head must take, 4 of TRL's and 6
 their products and the bytes of the head, at the rates of one large product and of a copy in the same process, and the
 body's products.
 The first of each of --vocabulary, --rows and --tokens is the shape that the others are varied from, one at a time.
-Writes runs/benchmark_exact.json and runs/benchmark_exact.svg.
+Writes runs/benchmark_exact.json and runs/benchmark_exact.png.
 
 Hardware: a CPU (16 GiB) or one GPU. Takes: 8 to 10 minutes on 2 cores.
 Launch: python recipes/benchmarks/exact_kl.py [--vocabulary 150000] [--tokens 128 --tokens 512] [--rounds 3]
@@ -196,7 +196,7 @@ def main(
     }
     harness.write(result, output)
     show(result)
-    plot(result, output.with_suffix(".svg"))
+    plot(result, output.with_suffix(".png"))
 
 
 def show(result) -> None:
@@ -254,7 +254,7 @@ def plot(result, file: Path) -> None:
             axes[row][column].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
-    figure.savefig(file)
+    figure.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

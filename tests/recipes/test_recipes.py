@@ -144,7 +144,7 @@ def test_benchmark_exact(folder):
     for shape in result["shapes"]:
         assert shape["gradient_error"] < 1e-4
         assert [len(shape[key]) for key in ("seconds", "peak_bytes", "floor_seconds")] == [3, 3, 2]
-    assert (folder / "runs" / "benchmark_exact.svg").is_file()
+    assert (folder / "runs" / "benchmark_exact.png").is_file()
 
 
 def test_benchmark_monitor(folder):
