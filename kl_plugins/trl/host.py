@@ -35,6 +35,7 @@ class OnlineTrainer(HostTrainer, Protocol):
     state: Any
     use_vllm: bool
     vllm_generation: Any
+    """TRL's `VLLMGeneration`; only there with `use_vllm`."""
     pad_to_multiple_of: int | None
     num_generations: int
     num_generations_eval: int
