@@ -44,8 +44,9 @@ class KLConfigMixin(KLOptions):
             setattr(self, self.kl_beta_field, self._guarded(getattr(self, self.kl_beta_field)))
 
     def to_dict(self) -> dict[str, Any]:
-        """TRL's, for its logs and files: with the coefficient as a plain number."""
-        return super().to_dict() | {self.kl_beta_field: float(getattr(self, self.kl_beta_field))}  # type: ignore[misc]
+        """TRL's options and ours, for its logs and files: with the coefficient as a plain number."""
+        options: dict[str, Any] = super().to_dict()  # type: ignore[misc]  # TRL's
+        return options | {self.kl_beta_field: float(getattr(self, self.kl_beta_field))}
 
     def _check_host(self) -> None:
         """Raise `PatchError` unless the installed TRL is one that was tested."""
@@ -82,9 +83,9 @@ class TrainerPair:
     our_config: type
     """`fields` in front of `config`."""
     methods: type
-    """What is in front."""
+    """The mixin with our methods, which goes in front of TRL's trainer."""
     fields: type[KLConfigMixin]
-    """What is in front."""
+    """The mixin with our options, which goes in front of TRL's config."""
 
 
 @dataclass
@@ -95,7 +96,8 @@ class OnlineFields(ReferenceOptions, KLConfigMixin):
     """The part of `patches/trl.toml` that the trainer relies on."""
 
     def _check_host(self) -> None:
-        more = {"vllm": self.use_vllm, "exact": get_loss(str(self.kl)).exact}
+        config: Any = self  # with TRL's own options
+        more = {"vllm": config.use_vllm, "exact": get_loss(str(self.kl)).exact}
         check_trl(*self.kl_part.split(), *(part for part, needed in more.items() if needed))
 
     def _guarded(self, beta: float) -> float:
