@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from types import FunctionType, MappingProxyType, ModuleType
+from types import CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 from kl_plugins.errors import PatchError
@@ -41,9 +41,16 @@ class Change:
 
 def source_digest(function: Callable[..., Any]) -> str:
     """SHA-256 of a function's own source, with its decorator lines, without indentation and trailing whitespace."""
-    lines = inspect.getsource(inspect.unwrap(function)).splitlines()
+    own: Any = inspect.unwrap(function)
+    lines = _source(own, own.__code__).splitlines()
     text = textwrap.dedent("\n".join(line.rstrip() for line in lines)).strip("\n")
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=512)
+def _source(own: FunctionType, code: CodeType) -> str:
+    """Kept for as long as the function has that code: a config asks for four functions, and each takes up to 20 ms."""
+    return inspect.getsource(own)
 
 
 def bare_signature(function: Callable[..., Any]) -> str:
@@ -241,7 +248,7 @@ def _find(
         raise PatchError(f"{name} is a generator, which can't be patched: choose what it calls")
     own = inspect.unwrap(function)
     try:
-        decorated = inspect.getsource(own).lstrip().startswith("@")
+        decorated = _source(own, own.__code__).lstrip().startswith("@")
     except (OSError, TypeError) as error:
         raise PatchError(f"{name}: its source can't be read ({error}): {remedy}") from error
     if "<locals>" in own.__qualname__:
