@@ -12,9 +12,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def make_model(folder, *, seed: int, spread: float) -> str:
-    """Save a 2-layer Llama over 16 characters. `spread` scales its logits, so that KLs are not all near 0."""
-    alphabet = ["<pad>", "<eos>", *"0123456789+-= "]
+def make_model(folder, *, seed: int, spread: float, characters: str = "0123456789+-= ") -> str:
+    """Save a 2-layer Llama over 16 tokens. `spread` scales its logits, so that KLs are not all near 0."""
+    alphabet = ["<pad>", "<eos>", *characters]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(alphabet)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
