@@ -5,8 +5,8 @@
 # Hardware:  cpu   2 CPU cores and 12 GiB, no GPU, no network: a 0.3M-parameter model learns two-digit additions
 #            1gpu  one GPU, everything colocated; MODEL defaults to Qwen/Qwen3-0.6B
 #            8gpu  eight GPUs of 80 GiB, everything colocated; MODEL defaults to Qwen/Qwen3-8B
-# How long:  cpu: 2-2.5 min on cores shared with other work; 40 s are the 16 rollouts and 128 updates; the first
-#            time 100 s more, in which DeepSpeed compiles. The GPU variants pass OpenRLHF's checks; none was run.
+# How long:  cpu: 2-2.5 min on cores shared with other work; 40 s are the 16 rollouts and 128 updates. The GPU variants
+#            pass OpenRLHF's checks; none was run.
 # Launch:    recipes/openrlhf.sh ALGO cpu|1gpu|8gpu [kl options] [-- OpenRLHF's flags]
 #            recipes/openrlhf.sh grpo cpu
 #            recipes/openrlhf.sh rloo 1gpu --kl k2_as_loss -- --algo.kl.init_coef 0.001

@@ -143,7 +143,27 @@ def patch_attention(module):
     model._check_and_adjust_attn_implementation = check_other
 
 
-# 3. DeepSpeed: its device mesh
+# 3. DeepSpeed: its device mesh, and what it would compile with g++ for two minutes, each time that a machine is new
+
+
+@after_import("deepspeed.runtime.engine")
+def patch_optimizer(module):
+    """Torch's AdamW, which DeepSpeed's setting `torch_adam` asks for, in the place of the fused one."""
+    engine = module.DeepSpeedEngine
+    configure = engine.get_optimizer_configuration
+
+    def with_torch_adam(self, parameters, *args, **kwargs):
+        if not self.zero_use_cpu_optimizer():
+            parameters.setdefault("torch_adam", True)
+        return configure(self, parameters, *args, **kwargs)
+
+    engine.get_optimizer_configuration = with_torch_adam
+
+
+@after_import("deepspeed.comm.torch")
+def patch_all_reduce(module):
+    """Gloo alone: an all-reduce through shared memory is for large tensors."""
+    module.build_shm_op = lambda: None
 
 
 @after_import("openrlhf.utils.deepspeed.deepspeed")
