@@ -50,14 +50,14 @@ scoreboard: setup  ## the KL gradients of eight frameworks side by side, by thei
 benchmark: setup  ## time and memory of a step, stock TRL against the plugin
 	$(RUN) recipes/benchmarks/trl_step.py $(ARGS)
 
-test: setup  ## the test suite
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not extra" $(ARGS)
+test: setup  ## the test suite; with ARGS only those tests: ARGS=tests/core
+	$(RUN) tests/support/suites.py test $(ARGS)
 
-test-all: setup  ## and those that take longest: Ray jobs, a run that is never hooked
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+test-all: setup  ## and those that take longest: Ray jobs, a run that is never hooked, all versions of TRL
+	$(RUN) tests/support/suites.py all $(ARGS)
 
 matrix: setup  ## all tested versions of TRL: GRPO and RLOO, and PPO, which TRL dropped after 1.12
-	$(RUN) -m pytest -n 2 --dist load tests/test_trl_versions.py tests/test_ppo_versions.py $(ARGS)
+	$(RUN) tests/support/suites.py matrix
 
 lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

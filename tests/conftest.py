@@ -1,10 +1,11 @@
-"""The table that a test run ends with: host x trainer x configuration, and whether its tests passed."""
+"""Settings of the whole suite, and what a run leaves: a table host x trainer x configuration, or its results."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
+import socket
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,17 +13,18 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these tensors are tiny: a second thread only waits for the first
 
+# Each worker has a port of its own for the engines and process groups that its tests start: all would take 29500.
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
 import pytest
-from matrix import COLUMNS, REFUSED
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from matrix import COLUMNS
+from summary import RESULT_FILE, table
 
 from kl_plugins.patching.versions import installed_version
 
 COVERS = "covers"
-# A suite that runs under another version of a host, within a test of this one, hands its rows over in this file.
-ROWS_FILE = "KL_PLUGINS_MATRIX_ROWS"
 
 
 def pytest_collection_finish():
@@ -42,50 +44,34 @@ def covers(record_property):
     return record
 
 
-@pytest.fixture
-def rows_of(record_property, tmp_path):
-    """The environment variable for a nested suite, and a function that takes over the rows which that has written."""
-    path = tmp_path / "rows.jsonl"
+def pytest_collection_modifyitems(items):
+    """Files that start engines first, then other slow ones: the small ones fill what is left of both workers' time."""
+    weight: dict[Path, int] = {}
+    for item in items:
+        own = 2 if item.get_closest_marker("vllm") else 1 if item.get_closest_marker("slow") else 0
+        weight[item.path] = max(own, weight.get(item.path, 0))
+    items.sort(key=lambda item: -weight[item.path])
 
-    def take():
-        rows = path.read_text().splitlines() if path.exists() else []
-        for row in rows:
-            record_property("covered", row)
-        return [json.loads(row) for row in rows]
 
-    return {ROWS_FILE: str(path)}, take
+def pytest_configure(config):
+    if RESULT_FILE in os.environ:
+        config.option.durations = None  # who reads the file shows those of all its runs
 
 
 def pytest_terminal_summary(terminalreporter):
-    cells = defaultdict(list)
+    cells, durations = defaultdict(list), []
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
-            for name, value in getattr(report, "user_properties", []):
+            durations.append((report.duration, f"{report.when} of {report.nodeid}"))
+            for name, value in report.user_properties:
                 if name == COVERS:
                     cells[tuple(json.loads(value))].append(outcome)
-                elif name == "covered":
-                    *cell, results = json.loads(value)
-                    cells[tuple(cell)] += results
-    if path := os.environ.get(ROWS_FILE):
-        Path(path).write_text("".join(json.dumps([*cell, found]) + "\n" for cell, found in cells.items()))
+    for report in terminalreporter.stats.get("", []):  # set-ups and tear-downs that went well
+        durations.append((report.duration, f"{report.when} of {report.nodeid}"))
+    if path := os.environ.get(RESULT_FILE):
+        found = {"trl": installed_version("trl"), "passed": len(terminalreporter.stats.get("passed", []))}
+        found |= {"cells": [[*cell, outcomes] for cell, outcomes in cells.items()], "durations": durations}
+        Path(path).write_text(json.dumps(found))
     elif cells:
         terminalreporter.section("host x trainer x configuration")
-        console = Console(width=220)
-        with console.capture() as captured:
-            console.print(table(cells))
-        terminalreporter.write_line(captured.get())
-
-
-def table(cells):
-    made = Table("host", "trainer", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in COLUMNS:
-        made.add_column(name.replace(" ", "\n"), no_wrap=True)
-    for host, trainer in sorted({(host, trainer) for host, trainer, _ in cells}):
-        made.add_row(host, trainer, *(said(cells.get((host, trainer, name), []), name) for name in COLUMNS))
-    return made
-
-
-def said(outcomes, name):
-    if any(outcome != "passed" for outcome in outcomes):
-        return "FAILED"
-    return "" if not outcomes else "refused" if name in REFUSED else "ok"
+        terminalreporter.write_line(table(cells))

@@ -1,4 +1,4 @@
-"""Real PPOTrainers on tiny models, in a TRL that has one; `tests/test_ppo_versions.py` runs them in a subprocess."""
+"""Real PPOTrainers on tiny models, in a TRL that has one: tests/support/suites.py runs them under such."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from trl import TrlParser
 
 import kl_plugins.patching.versions
 from kl_plugins import ConfigError, PatchError, UnknownLossError
+from kl_plugins.patching import load_patches
+from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl import GMPOConfig, GRPOConfig, GRPOTrainer, RLOOConfig
 from kl_plugins.trl.vllm import require_processed_logprobs
 
@@ -229,3 +231,10 @@ def test_a_host_that_no_longer_multiplies_by_beta_is_noticed(make_trainer, monke
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", without_kl)
     with pytest.raises(PatchError, match="0 times"):
         trainer.compute_loss(trainer.model, batch)
+
+
+@pytest.mark.skipif(installed_version("trl") in load_patches("trl", "ppo").tested, reason="this TRL has a PPOTrainer")
+def test_a_trl_without_ppo_says_what_to_install():
+    newest = load_patches("trl", "ppo").tested[-1]
+    with pytest.raises(RuntimeError, match=f"TRL dropped it after {newest}; install trl=={newest}"):
+        import kl_plugins.trl.ppo  # noqa: F401
