@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from kl_plugins.cli import app
 from kl_plugins.core import registry
 from kl_plugins.core.controllers import ControllerSpec
-from kl_plugins.core.spec import KLSpec
 from kl_plugins.integration.flags import parse_flags
 from kl_plugins.openrlhf.plan import OpenRLHFOptions
 
@@ -235,11 +234,10 @@ def test_openrlhfs_flags_exist():
 
 
 def test_options_exist():
-    """Every `kl_...` and `--kl-...` is an option of a host, of `KLSpec`, or of the conformance kit."""
+    """Every `kl_...` and `--kl-...` is an option of a host, or of the conformance kit."""
     from kl_plugins.trl import GRPOConfig
 
     known = {f.name for cls in (GRPOConfig, OpenRLHFOptions, ControllerSpec) for f in dataclasses.fields(cls)}
-    known |= {f"kl_{f.name}" for f in dataclasses.fields(KLSpec)} - {"kl_top_k", "kl_tail"}
     known |= {"kl_plugins", "kl_terms", "kl_sum", "kl_coef", "kl_estimator"}  # of the core; of hosts
     known |= set(re.findall(r'"--(kl-[\w-]+)"', (ROOT / "kl_plugins" / "pytest_plugin.py").read_text()))
     known |= {name.replace("_", "-") for name in known}
