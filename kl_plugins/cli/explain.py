@@ -38,7 +38,8 @@ def explain(
     """Say what gradient a KL has, and what to use instead.
 
     Of a whole training configuration: which KL the host really applies with it. Then the exit code is 0 if it is
-    principled (or another divergence, which is said), 1 if its gradient is zero, biased or void, and 2 for bad input.
+    principled (or another divergence, which is said), 1 if its gradient is zero, biased or void,
+    and 2 if it is refused or no configuration.
 
     \b
     kl-plugins explain k3_as_loss

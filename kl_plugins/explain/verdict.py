@@ -1,6 +1,7 @@
 """What a whole training configuration does about the KL: the term that is really applied, its gradient, its flaws.
 
-Loads neither torch nor a host. What hosts do is in `host_terms` and `traps`; `explain` shows what is found here.
+Loads neither torch nor a host. What hosts do is in `host_terms` and `pitfalls`, what is refused in
+`integration.rules`; `cli.explain` shows what is found here.
 """
 
 from __future__ import annotations
@@ -170,13 +171,14 @@ def _meaning(run: Run, gradient: str) -> str:
 
 
 def _gradient_findings(run: Run, gradient: str) -> Iterator[Finding]:
+    """A zero or biased gradient of the host's own term, or of ours where `kl_allow_biased` lets it through."""
     if gradient not in ("zero", "biased"):
         return
     if run.spec is None or run.kl is None:
         says = f"{run.host_term.term}: its expected gradient is {_meaning(run, gradient)}"
         yield Finding(gradient, says, {"kl": ""})
     elif not run.kl.kl_allow_biased:
-        return  # it is refused, which was said
+        return
     elif run.spec.loss.gradient_of[str(run.spec.credit)] == gradient:
         says = f"{run.spec.name}: its expected gradient is {_meaning(run, gradient)} (kl_allow_biased lets it through)"
         yield Finding(gradient, says, {"kl": run.spec.loss.instead})
@@ -187,8 +189,9 @@ def _gradient_findings(run: Run, gradient: str) -> Iterator[Finding]:
 
 
 def _beta_findings(run: Run, given: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the coefficient of the host's own term does to it; with ours it is refused."""
     name, beta = BETA[run.trainer], run.beta
-    if 0 < beta < float("inf") or not run.stock:  # ours is refused, which was said
+    if 0 < beta < float("inf") or not run.stock:
         return
     change = {name: SUGGESTED_BETA[run.trainer]}
     default = "" if name in given else ", the default"

@@ -31,7 +31,7 @@ def option(default: Any, help: str) -> Any:
 
 
 def without_words(options: dict[str, Any]) -> dict[str, Any]:
-    """With None for "none" and "null", where None is an option: a command line has no other way to say it."""
+    """`options` with None for "none" and "null" where None may be chosen: a command line can't say it otherwise."""
     may_be_none = {"kl", "kl_credit", "kl_baseline", "kl_clip", "kl_reference"} & options.keys()
     return options | {name: None for name in may_be_none if str(options[name]).lower() in ("none", "null")}
 
@@ -120,7 +120,7 @@ class KLOptions:
 
 @dataclass
 class ReferenceOptions(KLOptions):
-    """With which policy the KL is to: for TRL's GRPO and GMPO, whose reference can be chosen."""
+    """The options of TRL's GRPO and GMPO: `KLOptions`, and which policy the KL is to."""
 
     kl_reference: str | None = option(
         None,
@@ -134,7 +134,7 @@ class ReferenceOptions(KLOptions):
 
 @dataclass
 class RLOOOptions(ReferenceOptions):
-    """For TRL's RLOO, whose own baseline is the mean of the other completions."""
+    """The options of TRL's RLOO: `ReferenceOptions`, with a default of `kl_baseline` that fits RLOO's own baseline."""
 
     kl_baseline: str | None = option(
         "auto", "leave_one_out, None, or auto: leave_one_out for the in-reward configurations, as RLOO does."
@@ -150,7 +150,7 @@ class RLOOOptions(ReferenceOptions):
 
 @dataclass
 class PlacementOptions(KLOptions):
-    """With the place of the term, for hosts with returns and a critic."""
+    """`KLOptions`, and whether the term is in the loss or in the reward, for hosts with returns and a critic."""
 
     kl_placement: str = option(
         "auto",
@@ -176,7 +176,7 @@ class PlacementOptions(KLOptions):
 
 @dataclass
 class PPOOptions(PlacementOptions):
-    """For TRL's PPO. Its `gamma`, which discounts rewards, is read from the same object."""
+    """The options of TRL's PPO. `gamma`, its discount of rewards, is read from the same object."""
 
     def kl_options(self) -> dict[str, Any]:
         """What holds for each option but `kl`; in the reward TRL's own discount, ratio and clip."""
@@ -190,7 +190,10 @@ class PPOOptions(PlacementOptions):
 
 @dataclass
 class OpenRLHFOptions(PlacementOptions):
-    """For OpenRLHF, whose `--algo.kl.init_coef` stays the coefficient (beta). Its flags, parsed, are `args`."""
+    """The options of OpenRLHF, whose own `--algo.kl.init_coef` stays the coefficient (beta).
+
+    `args` of the methods are OpenRLHF's parsed (hierarchical) flags.
+    """
 
     kl: str | None = option(None, "KL configuration, e.g. k2_as_loss; `kl-plugins explain` lists them.")
     kl_clip: str | None = option(None, "PPO's clip on a KL in the loss: separate, or none.")
@@ -230,6 +233,6 @@ def openrlhf_gamma(args: Any) -> float:
 
 
 def _by_field(problem: str) -> str:
-    """With an option of `KLSpec` as the field that it is here."""
+    """A message of `KLSpec` with the names that its options have as fields."""
     names = "|".join(f.name for f in fields(KLSpec) if f.name != "name")
     return re.sub(rf"(?<!\w)({names})(?==)", r"kl_\1", problem)

@@ -75,13 +75,13 @@ class TrainerPair:
     """A trainer of TRL, its config, and what `apply_to_trl` gives them. Each adapter module declares its own."""
 
     trainer: type
-    """TRL's."""
+    """TRL's trainer."""
     config: type
-    """TRL's."""
+    """TRL's config of it."""
     our_trainer: type
-    """`methods` in front of `trainer`."""
+    """Derived from `methods` and, behind them, from `trainer`."""
     our_config: type
-    """`fields` in front of `config`."""
+    """Derived from `fields` and, behind them, from `config`."""
     methods: type
     """The mixin with our methods, which goes in front of TRL's trainer."""
     fields: type[KLConfigMixin]

@@ -37,21 +37,29 @@ def quick(monkeypatch):
     monkeypatch.setattr(plan, "_left_out", lambda options, args: LeaveOut())
 
 
+def host_settings(trainer, given):
+    host = {name: default for name, (_, default) in OPTIONS[trainer].items()}
+    return host | {name: value for name, value in given.items() if name in host}
+
+
+def flags_of(given):
+    """The arguments that OpenRLHF's parser makes, as far as they have a say in the KL."""
+    return run.nested(host_settings("openrlhf", given))
+
+
 def make(trainer, given):
     """The config of `given`, or the launcher's plan. PPO, which this TRL has not, by the rules of its config."""
     if trainer in CONFIGS:
         CONFIGS[trainer](**QUIET, **given)
         return
     ours = {name: value for name, value in given.items() if name not in HOST[trainer]}
-    host = {name: default for name, (_, default) in OPTIONS[trainer].items()}
-    host |= {name: value for name, value in given.items() if name in host}
     if trainer == "ppo":
         settings = PPOOptions(**ours)
         settings._none_from_words()
-        vars(settings).update(host)
+        vars(settings).update(host_settings(trainer, given))
         refuse_problems(rules_trl.ppo_problems(settings), allow_biased=settings.kl_allow_biased)
     elif ours:  # else it isn't our launcher that is started
-        plan.plan_run(OpenRLHFOptions(**ours), run.nested(host))
+        plan.plan_run(OpenRLHFOptions(**ours), flags_of(given))
 
 
 def said_by_config(trainer, given):
@@ -82,6 +90,18 @@ def differences(trainer):
 @EVERY_TRAINER
 def test_refused_exactly_if_explain_says_so_in_the_same_words(trainer):
     assert list(differences(trainer)) == []
+
+
+def test_what_is_refused_before_the_flags_are_read_is_refused_with_them():
+    refused = 0
+    for given in configurations("openrlhf", NUMBER):
+        ours = {name: value for name, value in given.items() if name not in HOST["openrlhf"]}
+        early = {problem.refusal for problem in rules_openrlhf.openrlhf_problems(OpenRLHFOptions(**ours), None)}
+        refused += bool(early)
+        assert not ours or early <= {
+            problem.refusal for problem in rules_openrlhf.openrlhf_problems(OpenRLHFOptions(**ours), flags_of(given))
+        }
+    assert 0 < refused < NUMBER
 
 
 @EVERY_TRAINER
