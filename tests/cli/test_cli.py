@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import trl
+from command_line import invoke
 from tiny_openrlhf import import_openrlhf
 from typer.testing import CliRunner
 
@@ -21,12 +22,6 @@ from kl_plugins.core import registry
 from kl_plugins.openrlhf import driver
 from kl_plugins.patching import ALLOW_UNTESTED, HostPatches, Patching, Target, load_patches
 from kl_plugins.patching.inspection import source_digest
-
-
-def invoke(*arguments, code=0):
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 @pytest.mark.parametrize("name", all_losses())
