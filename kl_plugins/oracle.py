@@ -25,7 +25,7 @@ RTOL = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """Every sequence of up to T tokens over a vocabulary of V. Token 0 ends a sequence."""
+    """Every sequence of up to T tokens over a vocabulary of V: N of them, with S prefixes. Token 0 ends one."""
 
     tokens: Tensor
     """(N, T) int64; 0 after the end."""
@@ -42,7 +42,20 @@ class Sequences:
 
 
 def enumerate_sequences(vocabulary: int = 3, length: int = 4, environment: Iterable[int] = ()) -> Sequences:
-    """All sequences, ragged by an end token; the positions in `environment` are drawn by the environment."""
+    """All sequences of up to `length` tokens.
+
+    Args:
+        vocabulary: V, token 0 included, which ends a sequence.
+        length: T.
+        environment: Positions from 0 on whose tokens the environment draws (a tool's answer), not the policy.
+
+    Example:
+        >>> sequences = enumerate_sequences(vocabulary=2, length=2)
+        >>> sequences.tokens.tolist()
+        [[0, 0], [1, 0], [1, 1]]
+        >>> sequences.mask.int().tolist()
+        [[1, 0], [1, 1], [1, 1]]
+    """
     rows = []
     for row in product(range(vocabulary), repeat=length):
         end = row.index(0) if 0 in row else length
@@ -65,7 +78,7 @@ def enumerate_sequences(vocabulary: int = 3, length: int = 4, environment: Itera
 
 
 def structured_policies(sequences: Sequences, *, seed: int, strength: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (S, V) of a policy, a reference and a behavior policy, float64.
+    """(S, V) logits of a policy, of a reference and of a behavior policy that samples, all three float64.
 
     The first token steers: after token 1 policy and reference nearly agree, after token 2 they disagree by about
     `strength`. On such policies the local and the sequence gradient differ, which random tables hardly show.
@@ -84,12 +97,16 @@ def structured_policies(sequences: Sequences, *, seed: int, strength: float = 2.
 
 
 def token_logp(logits: Tensor, sequences: Sequences) -> Tensor:
-    """(N, T) log-probability of each token after its prefix."""
+    """(N, T) log-probability, in nats, of each token after its prefix under (S, V) `logits`."""
     return logits.log_softmax(-1)[sequences.prefix, sequences.tokens]
 
 
 def sequence_probability(logits: Tensor, sequences: Sequences, environment: Tensor | None = None) -> Tensor:
-    """(N,) probability of each sequence when the policy draws its tokens and `environment` (S, V) draws the others."""
+    """(N,) probability of each sequence when the policy draws its tokens and the environment the others.
+
+    `logits` and `environment` are (S, V). Raises `ValueError` for sequences with environment tokens but no
+    `environment`.
+    """
     logp = token_logp(logits, sequences) * sequences.mask
     if environment is not None:
         logp = logp + token_logp(environment, sequences) * sequences.environment
@@ -112,7 +129,14 @@ def true_gradient(
     Args:
         of: `"reverse_kl"`, `"forward_kl"` (of whole sequences), `"local_reverse_kl"`, `"local_forward_kl"` (the sum
             of next-token divergences with the distribution of prefixes held fixed) or `"zero"`.
+        sequences: Those of `enumerate_sequences`.
+        policy: (S, V) logits, at which the gradient is taken.
+        reference: (S, V) logits.
+        environment: (S, V) logits of the environment, where it draws tokens.
         prefixes_of: The logits whose prefix distribution a local divergence is taken under; None: the policy's.
+
+    Raises:
+        ConfigError: no divergence has that name.
     """
     theta = policy.detach().clone().requires_grad_()
     if of == "zero":
@@ -135,7 +159,10 @@ def true_gradient(
 
 
 def prefix_probability(logits: Tensor, sequences: Sequences, environment: Tensor | None = None) -> Tensor:
-    """(S,) probability that the policy has to draw a token after each prefix; 0 where the environment draws."""
+    """(S,) probability that the policy has to draw a token after each prefix; 0 where the environment draws.
+
+    `logits` and `environment` are (S, V).
+    """
     probability = sequence_probability(logits, sequences, environment)
     visits = torch.zeros(sequences.prefixes, dtype=torch.float64)
     return visits.index_put(
@@ -157,9 +184,25 @@ def expected_gradient(
     """(S, V) exact expected gradient of the summed `kl_terms(...).loss` with respect to the policy's logits.
 
     Args:
-        behavior: Logits of the policy that samples, whose log-probs are passed as `behavior_logp`; None: on-policy.
+        spec: The configuration.
+        sequences: Those of `enumerate_sequences`.
+        policy: (S, V) logits, at which the gradient is taken.
+        reference: (S, V) logits.
+        behavior: (S, V) logits of the policy that samples, whose log-probs are passed as `behavior_logp`; None:
+            on-policy.
+        environment: (S, V) logits of the environment, where it draws tokens.
         group_size: With more than 1, every *group* of that many sequences is enumerated (N ** group_size of them).
         left_out: `left_out_tokens` and `left_out_positions` of `kl_terms`, each (N, T).
+
+    Raises what `kl_terms` raises.
+
+    Example:
+        >>> sequences = enumerate_sequences()
+        >>> policy, reference, behavior = structured_policies(sequences, seed=0)
+        >>> spec = KLSpec.from_name("k1_in_reward", off_policy="prefix", weight_clip=(0, float("inf")))
+        >>> found = expected_gradient(spec, sequences, policy, reference, behavior=behavior)
+        >>> relative_error(found, true_gradient("reverse_kl", sequences, policy, reference)) < RTOL
+        True
     """
     theta = policy.detach().clone().requires_grad_()
     rows, probability = _groups(sequences, policy if behavior is None else behavior, environment, group_size)
@@ -173,7 +216,10 @@ def expected_gradient(
 def second_moment(
     spec: KLSpec, sequences: Sequences, policy: Tensor, reference: Tensor, *, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Exact on-policy mean (S, V) and total variance of the group-mean gradient, by enumerating every group."""
+    """Exact on-policy mean (S, V) and total variance () of the group-mean gradient, by enumerating every group.
+
+    `policy` and `reference` are (S, V) logits; `group_size` sequences are drawn independently, N ** group_size groups.
+    """
     rows, probability = _groups(sequences, policy, None, group_size)
     visited = sequences.prefix[rows]
     logits = policy.detach()[visited].requires_grad_()  # each position's own copy, so that it has its own gradient
@@ -197,7 +243,11 @@ def terms_of(
     group_size: int = 1,
     **left_out: Tensor,
 ) -> KLTerms:
-    """`kl_terms` on the enumerated sequences (or on `rows` of them). Positions that don't count hold NaN."""
+    """`kl_terms`, (N, T), on the enumerated sequences, given (S, V) logits. Positions that don't count hold NaN.
+
+    `rows` are indices of sequences to take, in groups of `group_size`; None: each sequence once. `left_out` are
+    `left_out_tokens` and `left_out_positions` of `kl_terms`.
+    """
     rows = torch.arange(len(sequences.tokens)) if rows is None else rows
     visited = sequences.prefix[rows]
     return _terms(
@@ -266,6 +316,9 @@ def check_loss(name: str) -> None:
 
     Raises `ConfigError` with the declared and the found gradient otherwise. A loss that declares `"biased"` must
     differ from every named divergence, and from zero.
+
+    Example:
+        >>> check_loss("k2_as_loss")  # says nothing: what it declares is true
     """
     loss = get_loss(name)
     for credit, declared in loss.gradient_of.items():

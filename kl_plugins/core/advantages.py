@@ -15,7 +15,15 @@ from kl_plugins.core.terms import KLTerms, assign_credit
 
 
 def token_penalty(spec: KLSpec, terms: KLTerms) -> Tensor:
-    """(B, T) coefficients before credit is assigned: what each token costs as a reward. 0 where masked."""
+    """What each token costs as a reward: coefficients before credit is assigned.
+
+    Args:
+        spec: A sampled configuration; its coefficient and `coefficient_bound` are read.
+        terms: `kl_terms` of the batch.
+
+    Returns:
+        (B, T), detached. For k1 in reward it is the log-ratio, in nats. 0 where masked.
+    """
     bound = spec.coefficient_bound or torch.finfo(terms.log_ratio.dtype).max
     return torch.where(terms.mask, spec.loss.coefficient(terms.log_ratio).clamp(-bound, bound), 0.0)
 
@@ -33,9 +41,10 @@ def refresh_advantages(
     """(B, T) `advantages` of a rollout with the KL of the current policy in them instead of that at rollout.
 
     Args:
-        advantages: (B, T), the host's own.
+        advantages: (B, T), the host's own, with the KL at rollout in the rewards that they were made of.
         spec: The configuration.
-        now, then: The terms of the current policy, and of the policy at rollout.
+        now: `kl_terms` of the current policy.
+        then: `kl_terms` of the policy at rollout.
         discount: What one position is discounted with between a reward and the advantage (gamma, for GAE gamma * lam).
         scale: What a nat was multiplied with on its way into the advantages: beta, times what the host's
             normalization did.

@@ -3,9 +3,11 @@
 A host starts one from its options and calls `update` with sums over the batch once per update, whatever it counts as
 one (an optimizer step, a rollout); every unit of time below is such an update.
 
-    controller = ControllerSpec(kl_controller="pi", kl_target=6.0, kl_target_per="sequence").start(beta=0.05)
-    controller.beta                                                # for the first update
-    controller.update(kl_sum=..., tokens=..., sequences=...)       # and for the next one
+    >>> controller = ControllerSpec(kl_controller="pi", kl_target=6.0, kl_target_per="sequence").start(beta=0.05)
+    >>> controller.beta  # for the first update
+    0.05
+    >>> round(controller.update(kl_sum=480.0, tokens=5000, sequences=64), 4)  # for the next one: 7.5 nats is too much
+    0.0532
 
 What to feed as `kl_sum` is the host's choice. The sum of k1 (log-ratios) over the counted tokens is unbiased for the
 reverse KL of samples from the current policy; it is noisy, and may be negative. k3 is unbiased too and never negative,

@@ -1,11 +1,19 @@
 """The pointwise part of every configuration: k1, k2, k3 and their coefficients.
 
-Functions of `log_ratio` = `logp - ref_logp` (any shape, nats) and nothing else: they do not detach, clamp, mask or
-reduce. Under samples of the current policy k1 and k3 are unbiased estimates of the local reverse KL and k2 is a
-biased one (Schulman, "Approximating KL Divergence", 2020), which says nothing about their gradients.
+Functions of `log_ratio` u = `logp - ref_logp` (any shape, nats) and nothing else: they do not detach, clamp, mask or
+reduce. What they return has its shape; none raises. Under samples of the current policy k1 and k3 are unbiased
+estimates of the local reverse KL and k2 is a biased one (Schulman, "Approximating KL Divergence", 2020), which says
+nothing about their gradients.
 
 A coefficient multiplies the score grad log pi(y_t). "k_n as loss" is d k_n / d logp, "k_n in reward" is k_n itself
 (Liu et al., arXiv 2510.01555).
+
+    >>> import torch
+    >>> u = torch.tensor([-1.0, 0.0, 2.0])
+    >>> k2(u), k3(u)
+    (tensor([0.5000, 0.0000, 2.0000]), tensor([0.7183, 0.0000, 1.1353]))
+    >>> k3_derivative(u)
+    tensor([-1.7183,  0.0000,  0.8647])
 """
 
 from __future__ import annotations

@@ -36,9 +36,9 @@ class ExactKL:
     of: str
     """`"reverse_kl"` or `"forward_kl"`."""
     top_k: int | None = None
-    """As in the `KLSpec` it was made for."""
+    """How many tokens of the vocabulary were summed, `KLSpec.top_k`. None: all."""
     tail: str = "sampled"
-    """As in the `KLSpec` it was made for."""
+    """What became of the others, `KLSpec.tail`."""
 
     def check(self, spec: KLSpec) -> None:
         """Raise `ConfigError` if it was made for another configuration."""
@@ -51,7 +51,10 @@ class ExactKL:
 def exact_kl(
     spec: KLSpec, *, logits: Tensor, ref_logits: Tensor, mask: Tensor, tokens: Tensor | None = None
 ) -> ExactKL:
-    """The divergence of every position, over the vocabulary or over its head.
+    """The divergence of every position, summed over the vocabulary of V tokens or over its head.
+
+    Its gradient with respect to the logits is analytic (Amini et al., arXiv 2504.10637; the formulas stand at the top
+    of this module): that of the divergence itself, for a distribution of prefixes that is held fixed.
 
     Args:
         spec: A configuration whose `loss.exact` is set; its `top_k` and `tail` are read. The head is the `top_k`
@@ -65,6 +68,17 @@ def exact_kl(
     Raises:
         ConfigError: a configuration that isn't exact, or `tokens` missing.
         ValueError: shapes that don't agree.
+
+    Returns:
+        `ExactKL`, to be passed to `kl_plugins.kl_terms` as `exact`.
+
+    Example:
+        >>> from kl_plugins import KLSpec
+        >>> logits = torch.tensor([[[2.0, 0.0, -1.0]]], requires_grad=True)
+        >>> spec = KLSpec.from_name("exact_as_loss")
+        >>> kl = exact_kl(spec, logits=logits, ref_logits=torch.zeros(1, 1, 3), mask=torch.ones(1, 1))
+        >>> round(kl.value.item(), 4)
+        0.5743
     """
     if not spec.loss.exact:
         raise ConfigError(

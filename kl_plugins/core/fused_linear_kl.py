@@ -30,17 +30,20 @@ class LMHead:
     """
 
     weight: Tensor
-    """(V, H)."""
+    """(V, H), W."""
     bias: Tensor | None = None
-    """(V,)."""
+    """(V,), b."""
     scale: float = 1.0
+    """What y is multiplied with, 1 for most models."""
     softcap: float | None = None
+    """Bound that tanh brings logits within. None: none."""
     temperature: float = 1.0
+    """T, of the distribution that is scored."""
     dtype: torch.dtype = torch.float32
     """What hidden state and weight are rounded to before they are multiplied. Sums are in float32 at least."""
 
     def tile(self, hidden: Tensor, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """(n, c) logits of some tokens, and tanh(y / softcap) if there is a softcap."""
+        """(n, c) logits of the vocabulary's `columns` for (n, H) `hidden`, and tanh(y / softcap) with a softcap."""
         y = _product(hidden.to(self.dtype), self.weight[columns].to(self.dtype).t())
         if self.bias is not None:
             y += self.bias[columns].to(y.dtype)
@@ -54,17 +57,32 @@ class LMHead:
 def fused_linear_kl(
     spec: KLSpec, *, hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, mask: Tensor
 ) -> ExactKL:
-    """As `exact_kl`, from what logits are made of.
+    """`exact_kl` of the logits that hidden states and LM heads make, without making them all at once.
+
+    Values and gradients are those of `exact_kl`; a row whose divergence isn't finite has gradient 0.
 
     Args:
         spec: An exact configuration without `top_k`.
         hidden: (B, T, H), the current policy's last hidden states, with their graph: the gradient flows into them and
             into the policy's `head`.
+        head: The policy's LM head.
         ref_hidden: (B, T, H'), the reference's. No gradient.
+        ref_head: The reference's, of the same vocabulary.
         mask: (B, T) of 0 and 1. Masked positions contribute exactly nothing, whatever they hold.
 
     Raises:
         ConfigError: a configuration that isn't exact or has `top_k`, or models whose vocabularies differ in size.
+
+    Returns:
+        `ExactKL`, nats, in float32 at least.
+
+    Example:
+        >>> spec = KLSpec.from_name("exact_as_loss")
+        >>> hidden, mask = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[1, 1]])
+        >>> head, ref_head = (LMHead(weight=torch.tensor([[w], [0.0], [0.0]])) for w in (1.0, 0.0))
+        >>> kl = fused_linear_kl(spec, hidden=hidden, head=head, ref_hidden=hidden, ref_head=ref_head, mask=mask)
+        >>> kl.value
+        tensor([[0.1233, 0.4330]])
     """
     if not spec.loss.exact or spec.top_k is not None:
         raise ConfigError(
@@ -84,15 +102,17 @@ def fused_linear_kl_and_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) divergences of rows, log-probs of their `targets` and entropies, all three in one pass over the tiles.
 
-    As `fused_linear_kl` and a scoring of the targets, but the policy's logits are made once, and so is their gradient,
-    which is the sum of the three outputs': of the six products of matrices a step then takes, scoring alone takes
-    four.
+    All are in nats and differentiable in `hidden` and the policy's `head`. The policy's logits are made once for the
+    three of them, and so is their gradient: of the six products of matrices that a step takes, scoring the targets
+    alone would take four.
 
     Args:
         of: `"reverse_kl"` or `"forward_kl"`.
-        hidden: (N, H), with their graph.
-        ref_hidden: (N, H'). No gradient.
-        targets: (N,) int64.
+        hidden: (N, H), the policy's last hidden states of N tokens, with their graph.
+        head: The policy's LM head.
+        ref_hidden: (N, H'), the reference's. No gradient.
+        ref_head: The reference's, of the same vocabulary.
+        targets: (N,) int64, the tokens to score.
 
     Raises:
         ConfigError: models whose vocabularies differ in size.

@@ -27,7 +27,12 @@ WEIGHT_METRICS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscor
 
 
 def kl_sums(terms: KLTerms, *, beta: float) -> Tensor:
-    """(13,) sums over the counted tokens, and how many sequences have one; add them over ranks and micro-batches."""
+    """(13,) sums over the counted tokens, in the order of `SUMS`; add them over ranks and micro-batches.
+
+    Args:
+        terms: `kl_terms` of a micro-batch.
+        beta: What the term is multiplied with in the loss; in `loss` only.
+    """
     weight, kept = terms.weight, terms.mask & ~terms.left_out
     u = torch.where(kept, terms.log_ratio, 0.0)
     sums = (kept, k1(u), k2(u), k3(u), beta * terms.value, weight, weight.square(), terms.cut, terms.unscored)
@@ -37,7 +42,10 @@ def kl_sums(terms: KLTerms, *, beta: float) -> Tensor:
 
 
 def next_beta(controller: Controller, sums: Tensor) -> float:
-    """The beta after an update of `controller` on `kl_sums` of all ranks: it holds the plain mean of k1."""
+    """The beta after an update of `controller` on (13,) `kl_sums` of all ranks: it holds the plain mean of k1.
+
+    Raises `ValueError` for sums that aren't finite, unless the controller has no target.
+    """
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     return controller.update(kl_sum=total["k1"], tokens=total["tokens"], sequences=total["sequences"])
 
@@ -45,7 +53,11 @@ def next_beta(controller: Controller, sums: Tensor) -> float:
 def kl_metrics(sums: Tensor, *, weight_max: Tensor, beta: float, leaves_out: bool = False) -> dict[str, float]:
     """The logged numbers, as Python floats (one device sync). A batch without a counted token gives zeros.
 
-    `leaves_out`: tokens may be left out in this run, so that `kl/left_out` is logged also where it is 0.
+    Args:
+        sums: (13,), `kl_sums` of all micro-batches and ranks.
+        weight_max: One number, the largest weight of all.
+        beta: The one in force now.
+        leaves_out: Tokens may be left out in this run, so that `kl/left_out` is logged also where it is 0.
     """
     *values, largest = torch.cat([sums, weight_max.reshape(1).to(sums.dtype)]).tolist()
     total = dict(zip(SUMS, values, strict=True))

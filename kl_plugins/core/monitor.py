@@ -75,6 +75,14 @@ def monitor_sums(
         coefficient: (B, T). d(the host's own KL term) / d logp, up to a positive factor, as the host's floats have it.
         left_out: (B, T) bool. Tokens without a KL of their own: they are in no mean of the KL, nor dead.
         gradient: (2,). Squared gradient norms (`squared_gradient_norms`).
+
+    Log-probs are in nats. `SIZE` counts the sums behind every mean, the plain sums and the maxima.
+
+    Example:
+        >>> logp, ref_logp = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]), torch.tensor([[-1.5, -1.5], [-2.0, 0.0]])
+        >>> sums = monitor_sums(logp=logp, mask=torch.tensor([[1, 1], [1, 0]]), ref_logp=ref_logp)
+        >>> {name: round(x, 3) for name, x in monitor_metrics(sums).items() if name in ("kl/k1", "kl/sequence")}
+        {'kl/k1': 0.333, 'kl/sequence': 0.5}
     """
     counted = mask.bool()
     logp = logp.detach().double()
@@ -148,7 +156,15 @@ def monitor_metrics(sums: Tensor) -> dict[str, float]:
 
 
 def coefficient(term: Tensor | None, logp: Tensor, mask: Tensor) -> Tensor | None:
-    """(B, T). The derivative of the host's own KL `term` by its log-probs, through its own float operations."""
+    """(B, T), detached. The derivative of the host's own KL `term` by its log-probs, through its own float operations.
+
+    Args:
+        term: The host's KL, (B, T) or already summed up, as a tensor of the graph. None: the host has none.
+        logp: (B, T), nats, with its graph.
+        mask: (B, T). Which tokens of a (B, T) `term` count.
+
+    Returns None where the term has no gradient.
+    """
     if term is None or not term.requires_grad or not logp.requires_grad:
         return None
     counted = mask.to(term.dtype) if term.shape == mask.shape else torch.ones_like(term)

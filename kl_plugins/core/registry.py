@@ -209,7 +209,14 @@ def get_loss(name: str) -> KLLoss:
 
 
 def all_losses() -> dict[str, KLLoss]:
-    """Every usable record by name, third parties' included. Raises `ConfigError` if one of theirs is unusable."""
+    """Every usable record by name, third parties' included.
+
+    Raises `ConfigError` if one of theirs is unusable.
+
+    Example:
+        >>> [name for name, loss in all_losses().items() if "forward" in loss.gradient_of.get("token", "")]
+        ['k3_as_loss', 'exact_forward_as_loss']
+    """
     return {name: get_loss(name) for name in (*LOSSES, *sorted(third_party_names() - set(LOSSES)))}
 
 
@@ -225,7 +232,22 @@ def _third_party(path: tuple[str, ...]) -> EntryPoints:
 
 
 def register(loss: KLLoss) -> KLLoss:
-    """Add a record for this process. Raises `ConfigError` if the name is taken by another one."""
+    """Add a record for this process, so that `kl="its_name"` can be written in every host.
+
+    Raises `ConfigError` if the name is taken by another one. Returns the record.
+
+    Example:
+        >>> half = KLLoss(
+        ...     name="half_k1_in_reward",
+        ...     summary="Half the local reverse KL.",
+        ...     value=lambda log_ratio: log_ratio / 2,
+        ...     coefficient=lambda log_ratio: log_ratio / 2,
+        ...     gradient_of={"token": "biased"},
+        ... )
+        >>> register(half) is get_loss("half_k1_in_reward")
+        True
+        >>> del LOSSES["half_k1_in_reward"]
+    """
     if LOSSES.setdefault(loss.name, loss) is not loss:
         raise ConfigError(f"KL loss {loss.name!r} is already registered: choose another name")
     return loss

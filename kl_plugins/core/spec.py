@@ -28,6 +28,15 @@ class KLSpec:
         UnknownLossError: nobody registered `name`.
         ConfigError: an option doesn't exist, is out of range, isn't used by what was chosen, or the expected
             gradient is zero or biased and `allow_biased` is not set. All problems at once.
+
+    Example:
+        >>> spec = KLSpec(name="k1_in_reward", off_policy="prefix", weight_clip=(0, 5))
+        >>> spec.credit, spec.gradient_of
+        ('to_go', 'reverse_kl')
+        >>> KLSpec(name="k1_as_loss")
+        Traceback (most recent call last):
+            ...
+        kl_plugins.errors.ConfigError: k1_as_loss was asked for, but its expected gradient is zero (E[grad log pi]...
     """
 
     name: str
@@ -57,7 +66,8 @@ class KLSpec:
     it only keeps an overflow from becoming inf, and the gradient's norm still overflows where tokens are some e^44
     times less likely than under the reference: set it, to 1e4 say, if yours are. It never becomes 0."""
     left_out_bound: float | None = None
-    """Largest cost, in nats, of a left-out token to those before it, 1 - exp(-u) otherwise. `None` as above."""
+    """Largest |cost|, in nats, of a left-out token to those before it, which is 1 - exp(-u). `None` is the largest
+    finite number, as for `coefficient_bound`."""
     nonfinite: str = "error"
     """A NaN or inf log-prob at a counted token: `"error"`, or `"drop"` the token and count it."""
     top_k: int | None = None

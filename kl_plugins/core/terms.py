@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kl_plugins.core.baseline import leave_one_out
 from kl_plugins.core.checks import LeftOut, check_baseline, check_groups, checked
 from kl_plugins.core.estimators import k3_derivative
 from kl_plugins.core.exact import ExactKL
@@ -65,7 +66,7 @@ def kl_terms(
     left_out_positions: Tensor | None = None,
     exact: ExactKL | None = None,
 ) -> KLTerms:
-    """The KL-to-reference term of a batch of sampled sequences.
+    """The KL-to-reference term of a batch of B sampled sequences of up to T tokens.
 
     Args:
         spec: The configuration.
@@ -98,6 +99,14 @@ def kl_terms(
         ConfigError: `baseline="leave_one_out"` with neither `group_size` nor `baseline`; `left_out_tokens` with a
             configuration whose later costs are no log-ratios; an exact configuration without `exact`, or with one
             that was made for another.
+
+    Example:
+        >>> logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        >>> spec = KLSpec.from_name("k2_as_loss")
+        >>> terms = kl_terms(spec, logp=logp, ref_logp=torch.tensor([[-1.5, -1.0]]), mask=torch.tensor([[1, 1]]))
+        >>> terms.loss.sum().backward()
+        >>> logp.grad  # the log-ratio
+        tensor([[ 0.5000, -1.0000]])
     """
     inputs = checked(
         spec,
@@ -164,15 +173,9 @@ def surrogate(*, logp: Tensor, value: Tensor, score_coefficient: Tensor) -> Tens
 
 
 def assign_credit(x: Tensor, credit: str | None, gamma: float = 1.0) -> Tensor:
-    """Sum per-token terms over the tokens that each token answers for.
+    """(B, T) sums of per-token terms `x`, (B, T), over the tokens that each token answers for.
 
-    Args:
-        x: (B, T).
-        credit: `"token"` for x_t, `"to_go"` for sum_{s>=t} gamma^(s-t) x_s, `"sequence"` for sum_s x_s at every t.
-        gamma: Discount per position of `"to_go"`.
-
-    Returns:
-        (B, T).
+    `"token"`: x_t. `"to_go"`: sum_{s>=t} gamma^(s-t) x_s. `"sequence"`: sum_s x_s, at every t.
 
     Example:
         >>> assign_credit(torch.tensor([[1.0, 2.0, 4.0]]), "to_go", gamma=0.5)
@@ -205,10 +208,8 @@ def leave_one_out_baseline(
     consecutive rows) and the log-probs at rollout. It is a function of other samples, so that the expected gradient
     stays what it was when the policy has moved on (Ahmadian et al., arXiv 2402.14740).
 
-    Args and errors are those of `kl_terms`. Nothing is differentiated.
-
-    Returns:
-        (B, T), detached, in the unit of the coefficient. 0 where no other row has something to answer for.
+    Arguments and errors are those of `kl_terms`. Returns (B, T), detached, in the unit of the coefficient; 0 where no
+    other row has something to answer for.
 
     Example:
         >>> spec = KLSpec.from_name("k1_in_reward", credit="token", baseline="leave_one_out")
@@ -226,7 +227,7 @@ def leave_one_out_baseline(
         exact=exact,
     )
     costs = _costs(spec, inputs.logp - inputs.ref_logp, inputs.counted, inputs.left_out, exact)
-    return _leave_one_out(costs.credited, inputs.counted, check_groups(group_size, rows=len(mask)), spec.credit)
+    return _leave_one_out(costs.credited, inputs.counted, group_size, spec.credit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,23 +330,12 @@ def _baseline(spec: KLSpec, credited: Tensor, counted: Tensor, group_size: int |
         return given.detach().to(credited.dtype)
     if spec.baseline is None:
         return torch.zeros_like(credited)
-    return _leave_one_out(credited, counted, check_groups(group_size, rows=len(credited)), spec.credit)
+    return _leave_one_out(credited, counted, group_size, spec.credit)
 
 
-def _leave_one_out(credited: Tensor, counted: Tensor, group_size: int, credit: str | None) -> Tensor:
-    """(B, T) means over the other members of a group (consecutive rows), at the same position.
-
-    Only members that have something to answer for at the position are averaged; where there is none the baseline is
-    0. A row's own coefficient has no part in it, not even by rounding.
-    """
-    batch, length = credited.shape
-    answers = (assign_credit(counted.to(credited.dtype), credit) > 0).to(credited.dtype)
-    groups = (batch // group_size, group_size, length)
-    others = 1 - torch.eye(group_size, dtype=credited.dtype, device=credited.device)
-    with torch.autocast(credited.device.type, enabled=False):  # which would round to half precision
-        count = torch.einsum("ij,gjt->git", others, answers.view(*groups))
-        mean = torch.einsum("ij,gjt->git", others / group_size, credited.view(*groups))
-    return _bounded(mean * (group_size / count.clamp(min=1))).reshape(batch, length)
+def _leave_one_out(credited: Tensor, counted: Tensor, group_size: int | None, credit: str | None) -> Tensor:
+    group_size = check_groups(group_size, rows=len(credited))
+    return leave_one_out(credited, assign_credit(counted.to(credited.dtype), credit) > 0, group_size)
 
 
 def _bounded(x: Tensor, bound: float | None = None) -> Tensor:
