@@ -110,7 +110,7 @@ def _by_version(patches: HostPatches) -> tuple[bool | None, str]:
 
 
 def _checked(patches: HostPatches) -> tuple[bool, str]:
-    """The same by importing the host and comparing the functions that are relied on."""
+    """Whether the host can be hooked, and why not: imports it, and compares the functions that are relied on."""
     if not installed_version(patches.host):
         return False, _by_version(patches)[1]
     if problem := import_problem(patches):

@@ -24,10 +24,7 @@ def missing_modules(host: str) -> list[str]:
 
 
 def import_problem(patches: HostPatches) -> str:
-    """Import the modules of `patches`: why the first that can't be imported can't, or an empty string.
-
-    A module that this version of the host doesn't have is none: it isn't the installation that is wrong.
-    """
+    """Import the modules of `patches`; say why the first of them that can't be imported can't, or return ""."""
     for module in dict.fromkeys(target.module for target in patches.targets):
         if problem := module_problem(patches.host, module):
             return problem
@@ -35,7 +32,10 @@ def import_problem(patches: HostPatches) -> str:
 
 
 def module_problem(host: str, module: str) -> str:
-    """The same of a single module."""
+    """Import `module`, of `host`; say why it can't be imported.
+
+    Returns "" if it can, and if this version of the host doesn't have it: then the installation isn't to blame.
+    """
     try:
         importlib.import_module(module)
     except Exception as error:  # noqa: BLE001  # the import of a host can fail in any way; it is shown

@@ -28,7 +28,7 @@ def patches(host: Annotated[str, typer.Argument(help="The name of a file in patc
             found = changes(known)
     console, problems = Console(), set[str]()
     paragraph(console, f"{host} {installed_version(host)}; tested: {', '.join(known.tested)}")
-    modules: dict[str, list[Change]] = {}
+    modules: dict[str, list[Change]] = {}  # a file's targets may go back to a module
     for change in found:
         modules.setdefault(change.target.partition(":")[0], []).append(change)
     for module, targets in modules.items():
