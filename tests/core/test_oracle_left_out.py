@@ -238,14 +238,14 @@ def test_metrics_where_whole_rows_are_left_out():
     terms = kl_terms(
         KLSpec.from_name("k2_as_loss"),
         logp=logp,
-        ref_logp=logp - 2,
+        ref_logp=logp - 3,
         mask=torch.ones(2, 2),
         behavior_logp=logp - torch.tensor([[9.0, 0.0], [0.0, 0.0]]),
         left_out_positions=torch.tensor([[0, 0], [1, 1]]),
     )
     sums = kl_sums(terms, beta=1.0)
     assert dict(zip(SUMS, sums.tolist(), strict=True))["sequences"] == 1
-    for per, target in (("token", 2.0), ("sequence", 4.0)):  # of k1, which is 2 at the two tokens that have a KL
+    for per, target in (("token", 3.0), ("sequence", 6.0)):  # of k1, which is 3 at the two tokens that have a KL
         options = {"kl_controller": "pi", "kl_target_per": per}
         held = ControllerSpec(kl_target=target, **options).start(0.05)
         assert next_beta(held, sums) == pytest.approx(0.05, rel=1e-9)
