@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 from openrlhf_run import run
+from tiny_trl import make_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A policy of which each of the monitor's bins gets several of the 32 completions, whatever OpenRLHF draws.
+
+    Neither its shuffling nor vLLM has a seed. After any prompt, two of three completions reach a fifth token, and one
+    of six ends; a standard error takes two.
+    """
+    return make_model(tmp_path_factory.mktemp("model"), seed=8, spread=20.0)
 
 
 @pytest.fixture(scope="module")
