@@ -8,6 +8,10 @@ import inspect
 import textwrap
 from types import FunctionType
 
+import pytest
+
+from kl_plugins import PatchError
+
 EDITS = ("renamed", "signature", "body")
 
 
@@ -30,6 +34,18 @@ def change(target, edit, folder, monkeypatch):
     own = function.__func__ if isinstance(function, staticmethod) else function
     assert isinstance(own, FunctionType)
     monkeypatch.setattr(holder, name, _edited(own, edit, folder))
+
+
+def nothing_starts(starts, target, reinstall):
+    """Each of `starts` is refused because of the target's source, its signature or both, and of nothing else."""
+    for start in starts:
+        with pytest.raises(PatchError) as refused:
+            start()
+        _, *problems = str(refused.value).splitlines()
+        assert problems
+        for problem in problems:
+            assert problem.startswith(f"- {target.name}")
+            assert f"reinstall {reinstall}" in problem
 
 
 def _edited(function, edit, folder):
