@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -38,6 +39,7 @@ def make_model(folder, *, seed: int, spread: float, characters: str = "012345678
         model.lm_head.weight.mul_(spread)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    gc.freeze()  # saving imports DeepSpeed: as in `pytest_collection_finish` (tests/conftest.py)
     return str(folder)
 
 
