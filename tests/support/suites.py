@@ -109,7 +109,7 @@ def main(mode: str, *arguments: str) -> int:
                 cells[tuple(cell)] += outcomes
             where = f"{suite.name}: " if suite in others else ""
             durations += [(seconds, where + test) for seconds, test in (found or {}).get("durations", [])]
-    print(table(cells), slowest(durations), sep="\n")
+    print(*([table(cells)] if cells else []), slowest(durations), sep="\n")
     for name, problem in problems.items():
         print(f"FAILED {name}: {problem}")
     return int(bool(problems))
