@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kl_plugins.audit.configurations import Coefficients, Configuration, Tokens
 from kl_plugins.audit.data import Rollouts
-from kl_plugins.audit.gradients import Scored, TermGradients, target_gradients, term_gradients
+from kl_plugins.audit.gradients import ScoredCompletions, TermGradients, target_gradients, term_gradients
 from kl_plugins.audit.sketch import Sketch
 from kl_plugins.audit.statistics import Resampled, target_statistics, term_statistics
 from kl_plugins.core.estimators import k1, k2, k3
@@ -45,7 +45,7 @@ class Model(Protocol):
         behavior_logp: Sequence[list[float]] | None = None,
         *,
         batch: int,
-    ) -> Iterator[Scored]:
+    ) -> Iterator[ScoredCompletions]:
         """The completions as micro-batches of at most `batch` rows, scored by policy and reference."""
 
 

@@ -24,7 +24,7 @@ PREFIX_BOUND = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ScoredCompletions:
     """Completions of one prompt, scored by policy and reference."""
 
     tokens: Tensor
@@ -51,7 +51,7 @@ class Scored:
 class _Exact:
     """What is computed over the whole vocabulary; vectors over V are made when asked for, and not kept."""
 
-    def __init__(self, scored: Scored) -> None:
+    def __init__(self, scored: ScoredCompletions) -> None:
         self.mask = scored.mask
         self.logp, self.ref_logp = scored.logits.log_softmax(-1), scored.ref_logits.log_softmax(-1)
         self.p = self.logp.exp()
@@ -80,7 +80,7 @@ class _Exact:
 
 
 @torch.no_grad()
-def target_gradients(scored: Scored, sketch: Sketch) -> Tensor:
+def target_gradients(scored: ScoredCompletions, sketch: Sketch) -> Tensor:
     """(3, B, K): single-completion estimates of the gradients of `TARGETS`, for completions drawn by the policy.
 
     Within a step nothing is sampled: the local parts are sums over the vocabulary, and the score of token t carries
@@ -113,7 +113,7 @@ class TermGradients:
 
 @torch.no_grad()
 def term_gradients(
-    configurations: Sequence[Configuration], scored: Scored, sketch: Sketch, *, rare: float
+    configurations: Sequence[Configuration], scored: ScoredCompletions, sketch: Sketch, *, rare: float
 ) -> TermGradients:
     """The gradients of each configuration's term on a micro-batch."""
     exact = _Exact(scored)
@@ -195,7 +195,7 @@ def _later(x: Tensor) -> Tensor:
     return later - others
 
 
-def _require_finite(exact: _Exact, scored: Scored) -> None:
+def _require_finite(exact: _Exact, scored: ScoredCompletions) -> None:
     taken = torch.stack([exact.of(x, scored.tokens) for x in (exact.logp, exact.ref_logp)])
     bad = scored.mask & ~(taken.isfinite().all(0) & exact.kl.isfinite())
     if bad.any():

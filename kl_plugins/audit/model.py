@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.audit.gradients import Scored
+from kl_plugins.audit.gradients import ScoredCompletions
 from kl_plugins.errors import ConfigError
 from kl_plugins.integration.tokenizers import require_one_tokenizer
 
@@ -118,7 +118,7 @@ class Pair:
         behavior_logp: Sequence[list[float]] | None = None,
         *,
         batch: int,
-    ) -> Iterator[Scored]:
+    ) -> Iterator[ScoredCompletions]:
         """Micro-batches of at most `batch` completions, scored by one forward pass of each model."""
         for start in range(0, len(completions), batch):
             rows = slice(start, start + batch)
@@ -127,7 +127,7 @@ class Pair:
     @torch.no_grad()
     def _scored(
         self, prompt: list[int], completions: Sequence[list[int]], behavior_logp: Sequence[list[float]] | None
-    ) -> Scored:
+    ) -> ScoredCompletions:
         tokens, mask = self._padded(completions, self.pad)
         ids = torch.cat([torch.tensor(prompt, device=self.device).expand(len(tokens), -1), tokens], dim=1)
         seen = torch.cat([torch.ones_like(ids[:, : len(prompt)]), mask.long()], dim=1)
@@ -139,7 +139,7 @@ class Pair:
         behavior = None
         if behavior_logp is not None:
             behavior = self._padded(behavior_logp, 0.0)[0]
-        return Scored(
+        return ScoredCompletions(
             tokens=tokens,
             mask=mask,
             logits=logits,

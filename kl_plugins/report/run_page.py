@@ -20,12 +20,12 @@ from kl_plugins.report.page import (
     render,
 )
 from kl_plugins.report.plots import smoothed
-from kl_plugins.report.runs import METRICS, Metric, Run, mean_and_width, mean_over_seeds, pieces
+from kl_plugins.report.runs import METRICS, LoggedRun, Metric, mean_and_width, mean_over_seeds, pieces
 
 LINES = ("solid", "dashed", "dotted")
 
 
-def report_page(runs: dict[str, list[Run]]) -> str:
+def report_page(runs: dict[str, list[LoggedRun]]) -> str:
     """The page of `runs`, by the name of their configuration, as HTML."""
     shown = [m for m in METRICS if any(m.title in run.curves for seeds in runs.values() for run in seeds)]
     missing = [m.keys[0] for m in METRICS if m.asked and m not in shown]
@@ -72,7 +72,7 @@ def _left_out(missing: Sequence[str]) -> list[str]:
     return [f"Left out, since no run logged it: {', '.join(missing)}."] if missing else []
 
 
-def _runs_table(runs: dict[str, list[Run]]) -> Table:
+def _runs_table(runs: dict[str, list[LoggedRun]]) -> Table:
     rows = []
     for name, seeds in runs.items():
         for run in seeds:
@@ -92,7 +92,7 @@ def _runs_table(runs: dict[str, list[Run]]) -> Table:
     return Table(columns=columns, rows=rows, words=frozenset({0, 1, 3, 5}))
 
 
-def _numbers(metric: Metric, runs: dict[str, list[Run]]) -> Table:
+def _numbers(metric: Metric, runs: dict[str, list[LoggedRun]]) -> Table:
     rows = []
     for name, seeds in runs.items():
         curves = [run.curves[metric.title] for run in seeds if metric.title in run.curves]
@@ -128,7 +128,7 @@ def _last(values: list[float], count: int) -> list[float]:
     return values[-count:]
 
 
-def _draw(metric: Metric, runs: dict[str, list[Run]], colours: dict[str, tuple[str, str]]) -> Picture:
+def _draw(metric: Metric, runs: dict[str, list[LoggedRun]], colours: dict[str, tuple[str, str]]) -> Picture:
     single = len(runs) == 1 and len(next(iter(runs.values()))) == 1
 
     def draw(axis: Any) -> None:

@@ -124,7 +124,7 @@ METRICS = (
 
 
 @dataclass(kw_only=True)
-class Run:
+class LoggedRun:
     """What a run has logged of `METRICS`."""
 
     name: str
@@ -136,7 +136,7 @@ class Run:
     """The last line wasn't complete: the run was interrupted while it wrote."""
 
 
-def read_runs(paths: Sequence[Path], groups: Sequence[str] = ()) -> dict[str, list[Run]]:
+def read_runs(paths: Sequence[Path], groups: Sequence[str] = ()) -> dict[str, list[LoggedRun]]:
     """Runs by the name of their configuration, seeds together.
 
     Args:
@@ -236,8 +236,8 @@ def _tensorboard_rows(folder: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _read(path: Path) -> Run:
-    run = Run(name=_folder(path).name, path=path)
+def _read(path: Path) -> LoggedRun:
+    run = LoggedRun(name=_folder(path).name, path=path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -316,4 +316,4 @@ def pieces(mean: Mean) -> Iterator[tuple[list[int], list[float], list[float]]]:
         yield steps, values, widths
 
 
-__all__ = ["METRICS", "Mean", "Metric", "Run", "mean_and_width", "mean_over_seeds", "pieces", "read_runs"]
+__all__ = ["METRICS", "LoggedRun", "Mean", "Metric", "mean_and_width", "mean_over_seeds", "pieces", "read_runs"]

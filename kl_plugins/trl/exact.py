@@ -36,7 +36,7 @@ BETAS = {"reverse_kl": 1.0, "forward_kl": 0.0}  # what TRL's kernel for divergen
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Scored:
+class ScoringPass:
     """What a model was seen to score completions from: hidden states and its LM head."""
 
     hidden: Tensor
@@ -126,7 +126,7 @@ class Passes:
         logp, entropy = (zeros.masked_scatter(rows, x.float()) for x in (logp, entropy))
         return kl.new_zeros(counted.shape).masked_scatter(counted, kl), logp, entropy
 
-    def together(self) -> Scored:
+    def together(self) -> ScoringPass:
         """The calls of all micro-batches of the scoring as one. `PatchError` if there were too many or too few."""
         rows = self.attention_mask[:, -self.length :].bool().split(self.batch_size)
         if len(rows) != len(self.calls):
@@ -136,7 +136,7 @@ class Passes:
             )
         hidden = [_by_position(found, counted) for (found, _, _), counted in zip(self.calls, rows, strict=True)]
         kl = [found for _, _, found in self.calls if found is not None]
-        return Scored(
+        return ScoringPass(
             hidden=torch.cat(hidden), head=self.calls[-1][1], kl=torch.cat(kl) if len(kl) == len(rows) else None
         )
 
@@ -149,7 +149,7 @@ def _by_position(hidden: Tensor, counted: Tensor) -> Tensor:
     return hidden.new_zeros(batch, length, hidden.size(-1)).index_put((counted,), hidden)
 
 
-def exact_kl_of(spec: KLSpec, scored: Scored, *, ref_hidden: Tensor, ref_head: LMHead, mask: Tensor) -> ExactKL:
+def exact_kl_of(spec: KLSpec, scored: ScoringPass, *, ref_hidden: Tensor, ref_head: LMHead, mask: Tensor) -> ExactKL:
     """(B, T), nats: the KL of a scoring to the reference, whose hidden states are (B, T, H).
 
     It is the one that was made in the same pass if there is one; else it takes a pass through both heads of its own.
@@ -165,7 +165,7 @@ def exact_kl_of(spec: KLSpec, scored: Scored, *, ref_hidden: Tensor, ref_head: L
     return ExactKL(value=torch.where(counted, value, 0.0), outside=torch.zeros_like(counted), of=spec.loss.exact)
 
 
-def _by_host(of: str, scored: Scored, ref_hidden: Tensor, ref_head: LMHead, counted: Tensor) -> Tensor | None:
+def _by_host(of: str, scored: ScoringPass, ref_hidden: Tensor, ref_head: LMHead, counted: Tensor) -> Tensor | None:
     """(B, T) by TRL's kernel; None where a model excludes a token, for which it has no defined result."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # not in TRL below 1.16
 
@@ -191,7 +191,7 @@ class ExactScoring:
 
     def __init__(self, spec: KLSpec) -> None:
         self.spec = spec
-        self.scored: tuple[Scored, ...] = ()
+        self.scored: tuple[ScoringPass, ...] = ()
         """The passes that no KL was made of yet, the last one last."""
         self.reference_head: LMHead | None = None
         """What the hidden states in `kl_ref_hidden` become logits with."""

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Whole files go to the workers, those first that start engines (tests/conftest.py).
 IN_PARALLEL = ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 ALONE = ["-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
-OLDER = ("term", "config", "identity", "exact", "every_configuration", "apply", "drift", "command")
+OLDER = ("term", "config", "identity", "exact", "every_configuration", "apply", "drift", "launcher")
 GRPO = tuple(f"tests/trl/test_{name}.py" for name in OLDER)
 # PPO, which TRL dropped after 1.12, and GRPO with RLOO: the releases that are said to be tested, the oldest first.
 PPO_VERSIONS = load_patches("trl", "ppo").tested

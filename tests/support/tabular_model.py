@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kl_plugins.audit.gradients import Scored
+from kl_plugins.audit.gradients import ScoredCompletions
 
 
 class Tabular:
@@ -44,7 +44,7 @@ class Tabular:
                 length = tokens.size(1)
                 padded = [row + [0.0] * (length - len(row)) for row in behavior_logp[start : start + batch]]
                 behavior = torch.tensor(padded, dtype=torch.float64)
-            yield Scored(
+            yield ScoredCompletions(
                 tokens=tokens,
                 mask=self.sequences.mask[rows],
                 logits=self.policy[prefix],
