@@ -42,13 +42,13 @@ class Change:
 def source_digest(function: Callable[..., Any]) -> str:
     """SHA-256 of a function's own source, with its decorator lines, without indentation and trailing whitespace."""
     own: Any = inspect.unwrap(function)
-    lines = _source(own, own.__code__).splitlines()
+    lines = _source(own, getattr(own, "__code__", None)).splitlines()
     text = textwrap.dedent("\n".join(line.rstrip() for line in lines)).strip("\n")
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=512)
-def _source(own: FunctionType, code: CodeType) -> str:
+def _source(own: Callable[..., Any], code: CodeType | None) -> str:
     """Kept for as long as the function has that code: a config asks for four functions, and each takes up to 20 ms."""
     return inspect.getsource(own)
 
@@ -248,7 +248,7 @@ def _find(
         raise PatchError(f"{name} is a generator, which can't be patched: choose what it calls")
     own = inspect.unwrap(function)
     try:
-        decorated = _source(own, own.__code__).lstrip().startswith("@")
+        decorated = _source(own, getattr(own, "__code__", None)).lstrip().startswith("@")
     except (OSError, TypeError) as error:
         raise PatchError(f"{name}: its source can't be read ({error}): {remedy}") from error
     if "<locals>" in own.__qualname__:

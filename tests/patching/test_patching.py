@@ -19,8 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from kl_plugins import PatchError, patching
-from kl_plugins.patching import Patching, bare_signature, changes, check, load_patches, source_digest
-from kl_plugins.patching import targets as patchfile
+from kl_plugins.patching import Patching, bare_signature, changes, check, load_patches, source_digest, targets
 
 UTILS = """
 def approx(a, b=1):
@@ -492,6 +491,11 @@ DIFFERENT = {
         "\nloss = logged(loss)\nclass Base",
         "loss is already wrapped, by logged.<loc.*.inner",
     ),
+    "wrapped partial": (
+        "\nclass Base",
+        "\nloss = functools.wraps(functools.partial(loss))(lambda x, *, scale=2.0: 0)\nclass Base",
+        r"loss: its source can't be read \(.*partial.*{remedy}",
+    ),
     "no source": ("\nclass Base", "\nexec('def loss(x, *, scale=2.0): 1')\nclass Base", "loss: its source.*{remedy}"),
     "no import": (
         "def logged",
@@ -843,7 +847,7 @@ def test_data_is_found_in_a_wheel_and_in_a_clone(where, tmp_path, monkeypatch):
     for each in (package, folder):
         each.mkdir()
     (folder / "stubhost.toml").write_text(as_toml([STEP, LOSS]).replace('1.0"]', '1.0"]\n# Comments are welcome'))
-    monkeypatch.setattr(patchfile, "__file__", str(package / "patching" / "targets.py"))
+    monkeypatch.setattr(targets, "__file__", str(package / "patching" / "targets.py"))
     patches = load_patches("stubhost")
     assert (patches.host, patches.tested) == ("stubhost", ("1.0",))
     step, _ = patches.targets
