@@ -50,7 +50,9 @@ def parse_flags(words: str, options: type, *, of: str) -> Any:
     try:
         values = typer.main.get_command(app).make_context(of, shlex.split(words)).params
     except UsageError as error:
-        raise ConfigError(f"{of}={words!r}: {error.format_message()}; only options of the KL belong here") from error
+        foreign = type(error) is UsageError or type(error).__name__ == "NoSuchOption"  # words, flags of something else
+        hint = "; only options of the KL belong here" if foreign else ""
+        raise ConfigError(f"{of}={words!r}: {error.format_message().rstrip('.')}{hint}") from error
     except ValueError as error:  # an open quotation mark
         raise ConfigError(f"{of}={words!r}: {error}") from error
     return options(**values)

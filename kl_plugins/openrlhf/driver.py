@@ -94,7 +94,6 @@ def prepare(options: OpenRLHFOptions, args: Any) -> RunPlan:
         PatchError: For an OpenRLHF that isn't as it was tested.
     """
     global _plan
-    check_options(options)
     check(load_patches("openrlhf"), allow_untested=untested_allowed())
     _plan = plan_run(options, args)
     _set_hook()

@@ -288,6 +288,12 @@ class TestByEnvironment:
         assert hook(None)["pip"] == ["x"]
         assert os.environ[driver.RAY_HOOK] == driver.HOOK
 
+    def test_a_script_of_ones_own_learns_all_that_is_wrong_at_once(self, hook):
+        args = parse(*FLAGS, *GRPO, "--algo.kl.init_coef", "0", "--rollout.top_p", "0.9")
+        with pytest.raises(ConfigError) as refused:
+            driver.prepare(OpenRLHFOptions(kl="k1_as_loss"), args)
+        assert len(refused.value.args) == 3
+
     def test_another_version_of_the_host_is_refused_before_ray_starts(self, hook, monkeypatch):
         import_openrlhf()
         monkeypatch.setenv(driver.OPTIONS, "--kl k2_as_loss")
