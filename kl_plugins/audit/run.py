@@ -72,6 +72,10 @@ class AuditOptions:
             problems.append(f"{both} of --prompts and --rollouts were given: give one of them")
         if self.rollouts is not None and self.vllm:
             problems.append("--vllm draws completions, but --rollouts has them already: leave one of them out")
+        least = {"completions": 2, "target_completions": 2, "max_prompts": 1, "max_new_tokens": 1, "batch": 1}
+        for name, low in (least | {"mse_batch": 1}).items():
+            if getattr(self, name) < low:
+                problems.append(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {low}")
         if self.dtype not in DTYPES:
             problems.append(f"--dtype {self.dtype}: choose from {', '.join(DTYPES)}")
         refuse(problems)
@@ -122,6 +126,7 @@ def run_audit(
     theirs, left_out = host_configurations() if options.hosts else ([], ["hosts: --no-hosts was given"])
     configurations = [*own_configurations(off_policy=off_policy), *theirs]
     sketch = Sketch(pair.vocabulary, pair.hidden, seed=options.seed)
+    done(0, len(units))
     found = collect(
         pair,
         units,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,16 +62,21 @@ def audit(
     console = Console(stderr=True)
     bar = (bars.BarColumn(bar_width=24), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
     columns = (bars.TextColumn("{task.description}"), *bar, bars.TimeRemainingColumn())
-    with user_errors(ValueError), bars.Progress(*columns, console=console) as progress:
+    with user_errors(ValueError), ExitStack() as ended:
         asked = AuditOptions(**{name: value for name, value in options.items() if value is not None})
-        task = progress.add_task("Prompts", total=None)
+        progress = bars.Progress(*columns, console=console)
+        task = progress.add_task("Prompts", start=False)
+
+        def done(count: int, total: int) -> None:
+            if count == 0:  # the models are loaded
+                ended.enter_context(progress)
+                progress.start_task(task)
+            progress.update(task, completed=count, total=total)
+
         try:
-            result = run_audit(
-                asked,
-                say=lambda text: unwrapped(console, text),
-                done=lambda count, total: progress.update(task, completed=count, total=total),
-            )
+            result = run_audit(asked, say=lambda text: unwrapped(console, text), done=done)
         except KeyboardInterrupt:
+            ended.close()
             console.print("Interrupted before a prompt was done: there is nothing to report.")
             raise typer.Exit(INTERRUPTED) from None
     written = write_report(result, out)

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from typer.testing import CliRunner
 
 from kl_plugins.audit import pages
 from kl_plugins.audit.model import Pair
+from kl_plugins.audit.run import AuditOptions
 from kl_plugins.cli.audit import audit
+from kl_plugins.errors import ConfigError
 
 app = typer.Typer()
 app.command()(audit)
@@ -192,3 +195,19 @@ def test_vllm_draws_from_the_same_policy(folders, pair):
         (scored,) = pair.score(prompt, rollouts.completions, rollouts.behavior_logp, batch=8)
         logp = scored.logits.log_softmax(-1).gather(-1, scored.tokens[..., None])[..., 0]
         torch.testing.assert_close(logp[scored.mask], scored.behavior_logp[scored.mask], rtol=0, atol=1e-3)
+
+
+def test_an_error_is_the_first_thing_said(folders):
+    """No bar of a progress that never began."""
+    arguments = ["--prompts", folders / "nothing.jsonl", "--no-hosts"]
+    assert invoke(folders, *arguments, code=2).startswith("error: ")
+
+
+def test_numbers_that_nothing_can_be_measured_with_are_refused():
+    with pytest.raises(ConfigError) as refused:
+        AuditOptions(model="m", reference="r", prompts=Path("p"), completions=1, batch=0, max_new_tokens=-1)
+    assert [problem.split(":")[0] for problem in refused.value.args] == [
+        "--completions 1",
+        "--max-new-tokens -1",
+        "--batch 0",
+    ]
