@@ -195,6 +195,9 @@ def get_loss(name: str) -> KLLoss:
     a name that is taken.
     """
     found = list(_third_party(tuple(sys.path)).select(name=name))
+    if not found and name not in LOSSES:  # its package may have been installed since
+        _third_party.cache_clear()
+        found = list(_third_party(tuple(sys.path)).select(name=name))
     if len(found) + (name in BUILT_IN) > 1:
         claims = ", ".join([*(["kl_plugins itself"] if name in BUILT_IN else []), *(entry.value for entry in found)])
         raise ConfigError(f"KL loss {name!r} is registered more than once, by {claims}: rename or uninstall one")

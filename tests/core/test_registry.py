@@ -1,5 +1,6 @@
 """The registry: frozen records, and third parties' entry points."""
 
+import importlib
 from dataclasses import FrozenInstanceError, replace
 from importlib.metadata import EntryPoint, EntryPoints
 
@@ -82,6 +83,22 @@ def test_a_package_that_is_put_on_the_path_is_found(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"'on_the_path' \(found_on_the_path:loss\) can't be imported"):
         get_loss("on_the_path")
+
+
+def test_a_package_that_is_installed_later_is_found(tmp_path, monkeypatch):
+    """Into a folder that was on the path all the time, as pip does from a notebook."""
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UnknownLossError):
+        get_loss("installed_later")
+    package = tmp_path / "installed_later-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: installed_later\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(
+        f"[{registry.ENTRY_POINT_GROUP}]\ninstalled_later = installed_later:loss\n"
+    )
+    importlib.invalidate_caches()
+    with pytest.raises(ConfigError, match=r"'installed_later' \(installed_later:loss\) can't be imported"):
+        get_loss("installed_later")
 
 
 def test_entry_points_of_another_group_are_not_ours(installed):
