@@ -141,7 +141,7 @@ class KLInPPO(KLTermMixin, Host):
         """
         self._kl_scale: Tensor | None = None
         self._kl_moved = False  # whether the policy was updated since the rollout
-        self.start_term(self.stop_token_id)
+        self.start_term()
         if self.kl_spec is not None:
             if not self.kl_spec.allow_biased:
                 refuse(_generation_problems(self.policy_model.generation_config))
@@ -212,6 +212,10 @@ class KLInPPO(KLTermMixin, Host):
         )
         self._kl_recorder.add(terms, self.kl_beta)
         return self.kl_beta * terms.loss
+
+    def _kl_eos_token_ids(self) -> Any:
+        """The token at which TRL's PPO ends a completion, or None."""
+        return self.stop_token_id
 
     def set_beta(self, beta: float) -> None:
         """Use another coefficient, in reward per nat, from the next rollout on."""

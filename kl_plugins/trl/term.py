@@ -42,11 +42,8 @@ class KLTermMixin(Host):
     _kl_recorder: Recorder
     """Of the training steps."""
 
-    def start_term(self, eos_token_id: Any) -> None:
-        """Read the options once TRL has made the trainer: the spec, the controller of beta, the tokens left out.
-
-        `eos_token_id` is a token id, several, or None: those that end a completion besides the tokenizer's own.
-        """
+    def start_term(self) -> None:
+        """Read the options once TRL has made the trainer: the spec, the controller of beta, the tokens left out."""
         self._kl_recorder = recorder_of(self.accelerator)
         spec_of = getattr(self.args, "kl_spec", None)  # absent from TRL's own config
         self.kl_spec = spec_of() if spec_of else None
@@ -60,7 +57,7 @@ class KLTermMixin(Host):
         self._kl_left_out = resolve_leave_out(
             self.args.kl_leave_out,
             tokenizer=getattr(self.processing_class, "tokenizer", self.processing_class),
-            eos_token_id=eos_token_id,
+            eos_token_id=self._kl_eos_token_ids(),
         )
 
     def compute_kl_terms(
@@ -86,6 +83,10 @@ class KLTermMixin(Host):
         """
         require_policy_scores(self.kl_spec, logp=logp, mask=mask, host="TRL")
         return kl_terms(self.kl_spec, logp=logp, ref_logp=ref_logp, mask=mask, behavior_logp=behavior_logp, **more)
+
+    def _kl_eos_token_ids(self) -> Any:
+        """A token id, several, or None: those that end a completion besides the tokenizer's own."""
+        raise NotImplementedError
 
     def set_beta(self, beta: float) -> None:
         """Use another coefficient of the KL, in reward per nat, from now on."""

@@ -64,7 +64,7 @@ class KLTrainer(KLTermMixin, Host):
             ConfigError: For what only shows once the model is there: a reference, tokens to leave out, generation
                 options of the model, or a way of distributing it that the configuration can't have.
         """
-        self.start_term(getattr(self.model.generation_config, "eos_token_id", None))
+        self.start_term()
         self._kl_eval_recorder = recorder_of(self.accelerator)
         if self.use_vllm:
             follow_policy_on_cpu(self.vllm_generation)
@@ -75,6 +75,10 @@ class KLTrainer(KLTermMixin, Host):
                 refuse(distribution_problems(self.kl_spec, self.accelerator))
                 self._exact = ExactScoring(self.kl_spec)
             self._say_what_is_trained()
+
+    def _kl_eos_token_ids(self) -> Any:
+        """Those of the model's generation config."""
+        return getattr(self.model.generation_config, "eos_token_id", None)
 
     def _check_sampling(self) -> None:
         """Refuse what only shows once the model is there: its own generation options, and a server's log-probs."""
