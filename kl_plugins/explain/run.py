@@ -19,7 +19,7 @@ from kl_plugins.integration.options import (
     ReferenceOptions,
     RLOOOptions,
 )
-from kl_plugins.integration.problem import Problem, changed, refused
+from kl_plugins.integration.problem import Problem, changed
 from kl_plugins.integration.rules_openrlhf import openrlhf_problems
 from kl_plugins.integration.rules_trl import RULES, older_than
 from kl_plugins.patching.versions import installed_version
@@ -185,9 +185,10 @@ def _host_term(trainer: str, settings: Mapping[str, Any]) -> HostTerm:
 
 
 def _spec(chosen: Any, problems: Sequence[Problem], *flags: Any) -> KLSpec:
-    """What `chosen` asks for, biased gradients let through, if need be without the options that don't fit.
+    """What `chosen` asks for, biased gradients let through.
 
-    Raises `ConfigError` with all `problems` if that is nothing, either.
+    If that can't be, as it is without the options that don't fit, or else with none but `kl`: the page then says what
+    is refused, and what the gradient of the rest is.
     """
     unfit = {name: None for problem in problems for name, value in problem.change.items() if value is None}
     ours = {f.name for f in fields(chosen)}
@@ -197,7 +198,7 @@ def _spec(chosen: Any, problems: Sequence[Problem], *flags: Any) -> KLSpec:
         except ConfigError:
             continue
         return spec
-    raise ConfigError(*(problem.refusal for problem in refused(problems, allow_biased=chosen.kl_allow_biased)))
+    return KLSpec.from_name(chosen.kl, allow_biased=True)
 
 
 def nested(settings: Mapping[str, Any]) -> SimpleNamespace:
