@@ -177,12 +177,14 @@ def _gradient_findings(run: Run, gradient: str) -> Iterator[Finding]:
     if run.spec is None or run.kl is None:
         says = f"{run.host_term.term}: its expected gradient is {_meaning(run, gradient)}"
         yield Finding(gradient, says, {"kl": ""})
-    elif not run.kl.kl_allow_biased:
         return
-    elif run.spec.loss.gradient_of[str(run.spec.credit)] == gradient:
+    if not run.kl.kl_allow_biased:
+        return
+    by_the_loss = run.spec.loss.gradient_of[str(run.spec.credit)] in ("zero", "biased")
+    if by_the_loss:
         says = f"{run.spec.name}: its expected gradient is {_meaning(run, gradient)} (kl_allow_biased lets it through)"
         yield Finding(gradient, says, {"kl": run.spec.loss.instead})
-    else:
+    if not by_the_loss or run.spec.gamma not in (0, 1):  # gamma=0 makes a right loss the local KL
         name = DISCOUNT.get(run.trainer, "kl_gamma") if run.in_reward else "kl_gamma"
         says = f"{name}={run.spec.gamma:g} discounts the KL: the gradient of neither the local nor the sequence KL"
         yield Finding("biased", says, {name: None})

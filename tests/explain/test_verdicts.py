@@ -180,6 +180,31 @@ def test_verdict_and_exit_code(trainer, written, verdict, word):
     assert bool(found["change"]) == (verdict != "principled")
 
 
+DISCOUNTED = [
+    ("ppo", "--kl k3_in_reward --kl_allow_biased --gamma 0.9", ["k3_in_reward: its expected", "gamma=0.9 discounts"]),
+    ("ppo", "--kl k3_in_reward --kl_allow_biased --gamma 0", ["k3_in_reward: its expected"]),
+    ("ppo", "--kl k3_in_reward --kl_allow_biased", ["k3_in_reward: its expected"]),
+    (
+        "openrlhf",
+        "--kl k3_in_reward --kl-allow-biased -- --algo.advantage.gamma 0.9",
+        ["k3_in_reward: its expected", "algo.advantage.gamma=0.9 discounts"],
+    ),
+    (
+        "grpo",
+        "--beta 0.04 --kl k3_in_reward --kl_gamma 0.9 --kl_allow_biased",
+        ["k3_in_reward: its expected", "kl_gamma=0.9 discounts"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("trainer", "written", "said"), DISCOUNTED)
+def test_a_discount_is_a_flaw_of_its_own(trainer, written, said):
+    flaws = explain_run(given_by(trainer, written), trainer).flaws
+    assert [(flaw.effect, flaw.says[: len(word)]) for flaw, word in zip(flaws, said, strict=True)] == [
+        ("biased", word) for word in said
+    ]
+
+
 @pytest.mark.parametrize(("trainer", "written"), [case[:2] for case in CASES if case[2] != "principled"])
 def test_what_is_to_be_used_instead_is_principled(trainer, written):
     given = given_by(trainer, written)
