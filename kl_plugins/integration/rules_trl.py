@@ -26,13 +26,19 @@ from kl_plugins.patching.versions import installed_version
 SUGGESTED_BETA = {"grpo": 0.04, "gmpo": 0.04, "rloo": 0.05, "ppo": 0.05, "openrlhf": 0.01}
 
 
-def grpo_problems(settings: Any) -> Iterator[Problem]:
-    """What is wrong with a `GRPOConfig`."""
+def grpo_problems(settings: Any, *, kl_in_liger_loss: bool | None = None) -> Iterator[Problem]:
+    """What is wrong with a `GRPOConfig`.
+
+    `kl_in_liger_loss` is whether TRL computes a loss with its own KL under `use_liger_kernel`; None: as far as the
+    installed version tells, for `explain`, which doesn't import TRL.
+    """
     if settings.kl is None:
         yield from unnamed_problems(settings)
         return
     yield from _online_problems(settings, suggested=SUGGESTED_BETA["grpo"])
-    if settings.use_liger_kernel and older_than(installed_version("trl"), 1, 14):
+    if kl_in_liger_loss is None:
+        kl_in_liger_loss = older_than(installed_version("trl"), 1, 14)
+    if settings.use_liger_kernel and kl_in_liger_loss:
         yield Problem(
             "use_liger_kernel=True: this TRL then computes its loss with its own KL in it; leave it out",
             {"use_liger_kernel": None},
@@ -52,9 +58,9 @@ def grpo_problems(settings: Any) -> Iterator[Problem]:
                 )
 
 
-def gmpo_problems(settings: Any) -> Iterator[Problem]:
-    """What is wrong with a `GMPOConfig`."""
-    yield from grpo_problems(settings)
+def gmpo_problems(settings: Any, *, kl_in_liger_loss: bool | None = None) -> Iterator[Problem]:
+    """What is wrong with a `GMPOConfig`; `kl_in_liger_loss` is that of `grpo_problems`."""
+    yield from grpo_problems(settings, kl_in_liger_loss=kl_in_liger_loss)
     yield from gmpo_clip_problems(settings)
 
 

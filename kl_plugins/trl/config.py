@@ -111,7 +111,12 @@ class GRPOFields(OnlineFields):
     kl_part = "grpo"
 
     def _problems(self) -> Iterator[Problem]:
-        return grpo_problems(self)
+        return grpo_problems(self, kl_in_liger_loss=self._kl_in_liger_loss())
+
+    def _kl_in_liger_loss(self) -> bool:
+        """Whether `use_liger_kernel` makes the installed TRL, whatever its version, compute a loss with its own KL."""
+        config: Any = self  # with TRL's own options; its trainer is only loaded if need be
+        return bool(config.use_liger_kernel) and hasattr(trl.GRPOTrainer, "compute_liger_loss")
 
 
 @dataclass

@@ -23,7 +23,7 @@ class GMPOFields(GRPOFields):
     kl_part = "grpo gmpo"
 
     def _problems(self) -> Iterator[Problem]:
-        return gmpo_problems(self)
+        return gmpo_problems(self, kl_in_liger_loss=self._kl_in_liger_loss())
 
 
 @documented

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import trl
@@ -21,6 +22,7 @@ from trl import TrlParser
 
 import kl_plugins.patching.versions
 from kl_plugins import ConfigError, PatchError, UnknownLossError
+from kl_plugins.integration import rules_trl
 from kl_plugins.patching import load_patches
 from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl import GMPOConfig, GRPOConfig, GRPOTrainer, RLOOConfig
@@ -209,6 +211,20 @@ def test_our_trainer_takes_trls_own_config(make_trainer):
     trainer.train()
     assert trainer.kl_spec is None
     assert not any(name.startswith("kl/") for name in trainer.state.log_history[0])
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, GMPOConfig])
+@pytest.mark.parametrize("version", [None, "1.12.0", "1.14.0.dev0"])
+@pytest.mark.parametrize("has_its_kl", [True, False])
+def test_ligers_kernel_is_refused_by_what_trl_has_whatever_its_version(config, version, has_its_kl, monkeypatch):
+    monkeypatch.setattr(rules_trl, "installed_version", lambda host: version)
+    if has_its_kl:
+        monkeypatch.setattr(trl.GRPOTrainer, "compute_liger_loss", lambda *args: None, raising=False)
+    else:
+        monkeypatch.delattr(trl.GRPOTrainer, "compute_liger_loss", raising=False)
+    make(config, kl="k2_as_loss", use_liger_kernel=False)
+    with pytest.raises(ConfigError, match="use_liger_kernel=True") if has_its_kl else nullcontext():
+        make(config, kl="k2_as_loss", use_liger_kernel=True)
 
 
 def test_a_config_is_saved_and_copied_as_plain_numbers():
