@@ -15,6 +15,8 @@ from kl_plugins.integration.leave_out import words_of
 
 # Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
 COEFFICIENT_BOUND = 1e6
+# What lets a zero or biased gradient through, as messages name it to those who write Python, YAML or a command line.
+ALLOW_BIASED = "kl_allow_biased=True (--kl-allow-biased)"
 CONTROLLER_OPTIONS = tuple(f.name for f in fields(ControllerSpec))
 UNUSED_IN_REWARD = ("kl_gamma", "kl_off_policy", "kl_weight_clip", "kl_weight_clip_mode", "kl_clip", "kl_clip_epsilon")
 LEAVE_OUT_OPTIONS = ("kl_leave_out", "kl_leave_out_equal_rewards")
@@ -233,6 +235,6 @@ def openrlhf_gamma(args: Any) -> float:
 
 
 def _by_field(problem: str) -> str:
-    """A message of `KLSpec` with the names that its options have as fields."""
+    """A message of `KLSpec` with the names that its options have as fields and flags."""
     names = "|".join(f.name for f in fields(KLSpec) if f.name != "name")
-    return re.sub(rf"(?<!\w)({names})(?==)", r"kl_\1", problem)
+    return re.sub(rf"(?<!\w)({names})(?==)", r"kl_\1", problem).replace("kl_allow_biased=True", ALLOW_BIASED)

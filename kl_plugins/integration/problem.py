@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kl_plugins.errors import refuse
+from kl_plugins.integration.options import ALLOW_BIASED
 
-WAIVER = ", or pass kl_allow_biased=True"
+WAIVER = f", or pass {ALLOW_BIASED}"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from kl_plugins.core.advantages import refresh_advantages, token_penalty
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.integration.options import PPOOptions
-from kl_plugins.integration.problem import Problem
+from kl_plugins.integration.problem import WAIVER, Problem
 from kl_plugins.integration.rules_trl import ppo_problems
 from kl_plugins.integration.sampling import model_generation_problems
 from kl_plugins.patching import load_patches
@@ -270,6 +270,6 @@ def _generation_problems(generation_config: Any) -> list[str]:
         if value not in (None, 1.0):
             problems.append(
                 f"the model's generation_config.{name}={value!r} changes the distribution that tokens are drawn from, "
-                "which biases every sampled KL; reset it, or pass kl_allow_biased=True"
+                f"which biases every sampled KL; reset it{WAIVER}"
             )
     return problems

@@ -23,6 +23,7 @@ from trl import TrlParser
 import kl_plugins.patching.versions
 from kl_plugins import ConfigError, PatchError, UnknownLossError
 from kl_plugins.integration import rules_trl
+from kl_plugins.integration.options import ALLOW_BIASED
 from kl_plugins.patching import load_patches
 from kl_plugins.patching.versions import installed_version
 from kl_plugins.trl import GMPOConfig, GRPOConfig, GRPOTrainer, RLOOConfig
@@ -44,7 +45,7 @@ def make(config, **options):
         ({"kl": "k2_as_loss", "beta": -0.1}, ConfigError, "positive finite beta"),
         ({"kl": "k2_as_loss", "beta": math.nan}, ConfigError, "positive finite beta"),
         ({"kl": "k2_as_los"}, UnknownLossError, "did you mean 'k2_as_loss'"),
-        ({"kl": "k1_as_loss"}, ConfigError, "use k2_as_loss.*pass kl_allow_biased=True"),
+        ({"kl": "k1_as_loss"}, ConfigError, r"use k2_as_loss.*pass kl_allow_biased=True \(--kl-allow-biased\)"),
         ({"kl": "k2_as_loss", "kl_weight_clip": 5}, ConfigError, "kl_weight_clip=5: give"),
         ({"kl": "k2_in_reward"}, ConfigError, "use k1_in_reward"),
         ({"kl": "k3_in_reward"}, ConfigError, "use k1_in_reward"),
@@ -182,6 +183,13 @@ def test_from_yaml_and_the_command_line(config, tmp_path, monkeypatch):
     spec = args.kl_spec()
     assert (spec.name, spec.off_policy, spec.weight_clip) == ("k3_as_loss", "prefix", (0.0, 5.0))
     assert (spec.weight_clip_mode, spec.coefficient_bound, spec.baseline) == ("mask", 1e4, None)
+
+
+def test_the_flag_that_messages_name_is_one_of_trls_command_line():
+    flag = ALLOW_BIASED.split("(")[1].rstrip(")")
+    flags = ["--output_dir", "unused", "--use_cpu", "true", "--bf16", "false", "--beta", "0.04", "--kl", "k1_as_loss"]
+    (args,) = TrlParser(GRPOConfig).parse_args_and_config([*flags, flag])
+    assert args.kl_allow_biased is True
 
 
 @pytest.mark.parametrize(
