@@ -36,9 +36,9 @@ class Sequences:
     environment: Tensor
     """(N, T) bool: the environment drew this token (a tool's answer): masked, yet later prefixes depend on it."""
     prefixes: int
-    """S."""
+    """S, the number of prefixes."""
     vocabulary: int
-    """V."""
+    """V, the number of tokens in the vocabulary."""
 
 
 def enumerate_sequences(vocabulary: int = 3, length: int = 4, environment: Iterable[int] = ()) -> Sequences:

@@ -27,7 +27,7 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """What was learned."""
+    """Print what the conformance kit measured of the function, as a section of pytest's summary."""
     lines = getattr(terminalreporter.config, "kl_plugins_learned", None)
     if lines:
         terminalreporter.section("KL gradient")

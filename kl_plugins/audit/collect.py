@@ -112,9 +112,9 @@ class Collected:
         """Prompts that were to be measured."""
         self.counts = [TokenCounts() for _ in configurations]
         self.sampled = Resampled(resamples=resamples, seed=seed)
-        """The configurations' gradients as training gets them: their variance."""
+        """The configurations' gradients as training gets them, for their variance."""
         self.expected = Resampled(resamples=resamples, seed=seed + 1)
-        """The same with the noise within a step averaged out where that can be: their mean."""
+        """The configurations' gradients, the noise within a step averaged out where that can be, for their mean."""
         self.targets = Resampled(resamples=resamples, seed=seed + 2)
         """The gradients of `TARGETS`, from other completions."""
         self.sums: dict[str, float] = {}

@@ -88,7 +88,7 @@ class Configuration:
 
 
 def own_configurations(*, off_policy: bool) -> list[Configuration]:
-    """Those of kl_plugins, refused ones too, with every credit; off-policy with every kind of weight."""
+    """kl_plugins' configurations with every credit, refused ones too; if `off_policy`, with every kind of weight."""
     kinds = OFF_POLICY if off_policy else ("",)
     found = []
     for name, loss in all_losses().items():

@@ -51,14 +51,14 @@ def test_expected_gradient_on_policy(learned: judge.Learned, claims: str) -> Non
 
 
 def test_expected_gradient_on_stale_samples(learned: judge.Learned, claims: str, pytestconfig: Any) -> None:
-    """The same where an older policy drew the tokens."""
+    """The expected gradient is the claimed one where an older policy drew the tokens."""
     if pytestconfig.getoption("--kl-on-policy-only"):
         pytest.skip("--kl-on-policy-only")
     _judge(judge.gradient_problem(learned, "stale", claims))
 
 
 def test_expected_gradient_under_an_engine_mismatch(learned: judge.Learned, claims: str, pytestconfig: Any) -> None:
-    """The same where the rollout engine's probabilities differ from the trainer's, and the function is told them."""
+    """The expected gradient is the claimed one where the rollout engine's log-probs differ and are passed in."""
     if pytestconfig.getoption("--kl-on-policy-only"):
         pytest.skip("--kl-on-policy-only")
     if not learned.subject.knows_engine:

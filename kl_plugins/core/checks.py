@@ -18,7 +18,7 @@ class LeftOut:
     """Counted tokens whose own KL is left out, both (B, T) bool."""
 
     any: Tensor
-    """All of them."""
+    """Every token whose own KL is left out."""
     by_token: Tensor
     """Those that are left out because of which token they are, where another one would have had a cost."""
 

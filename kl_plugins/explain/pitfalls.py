@@ -14,7 +14,7 @@ from kl_plugins.integration.rules_openrlhf import FILTERED
 
 
 @dataclass(frozen=True)
-class Trap:
+class Pitfall:
     """A setting under which the KL isn't what was meant."""
 
     on: tuple[str, ...]
@@ -34,8 +34,8 @@ _NORMALIZED = (
 )
 
 
-TRAPS = (
-    Trap(
+PITFALLS = (
+    Pitfall(
         ("grpo",),
         lambda run: run.stock and run["use_bias_correction_kl"] and run["importance_sampling_level"] == "sequence",
         "biased",
@@ -43,14 +43,14 @@ TRAPS = (
         "completion (use_bias_correction_kl): use 'token', or kl=, which keeps the sequence ratio for the policy",
         {"kl": ""},
     ),
-    Trap(
+    Pitfall(
         _ALL,
         lambda run: run.stock and run.reused and not run.in_reward and not run.host_term.weighs_stale,
         "biased",
         "samples of an older policy are not weighted for the KL",
         {"kl": ""},
     ),
-    Trap(
+    Pitfall(
         _ALL,
         lambda run: run.stock and run.reused and run.in_reward,
         "biased",
@@ -58,14 +58,14 @@ TRAPS = (
         "KL(policy || old policy)",
         {"kl": ""},
     ),
-    Trap(
+    Pitfall(
         _ALL,
         lambda run: run.spec is not None and run.spec.off_policy == "none" and run.stale and not run.combined,
         "biased",
         "kl_off_policy='none' on samples of an older policy",
         {"kl_off_policy": "token"},
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: run.stock and bool(run.host_term.dead_zone),
         "biased",
@@ -73,7 +73,7 @@ TRAPS = (
         "OpenRLHF's own --algo.kl.unbiased_gradient has no such zone, nor has --kl",
         {"kl": ""},
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: (
             run.stock
@@ -85,14 +85,14 @@ TRAPS = (
         "--train.async_enable: vLLM's log-probs, which tell how stale a sample is, don't reach the KL in the loss",
         {"kl": ""},
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: run.stock and run.in_reward and run["actor.policy_loss_type"] == "gspo",
         "biased",
         "--actor.policy_loss_type gspo gives every token the mean KL coefficient of its sequence",
         {"kl": "", "kl_placement": "loss"},
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: (
             run.stock
@@ -105,14 +105,14 @@ TRAPS = (
         "sequence KL",
         {"algo.advantage.gamma": 1.0},
     ),
-    Trap(
+    Pitfall(
         ("ppo",),
         lambda run: run.stock and run.in_reward and run["gamma"] not in (0, 1),
         "biased",
         "gamma={gamma} discounts the KL: the gradient of neither the local nor the sequence KL",
         {"gamma": 1.0},
     ),
-    Trap(
+    Pitfall(
         ("ppo",),
         lambda run: run.stock and run.in_reward and run["whiten_rewards"],
         "biased",
@@ -121,13 +121,13 @@ TRAPS = (
         {"whiten_rewards": False},
     ),
     # What is worth knowing.
-    Trap(
+    Pitfall(
         _GROUPS,
         lambda run: run.stock and run.engine,
         "note",
         "use_vllm: the KL is not weighted for the difference between vLLM and the trainer; with kl= it is",
     ),
-    Trap(
+    Pitfall(
         _ALL,
         lambda run: (
             run.spec is not None
@@ -140,33 +140,33 @@ TRAPS = (
         "kl_off_policy='token' with credit beyond the token leaves the bias of the prefixes; 'prefix' removes it, at "
         "more variance",
     ),
-    Trap(
+    Pitfall(
         _GROUPS,
         lambda run: run["mask_truncated_completions"],
         "note",
         "mask_truncated_completions: the KL is that of the completions that ended",
     ),
-    Trap(_GROUPS, lambda run: run["sync_ref_model"], "note", "sync_ref_model: the reference follows the policy"),
-    Trap(
+    Pitfall(_GROUPS, lambda run: run["sync_ref_model"], "note", "sync_ref_model: the reference follows the policy"),
+    Pitfall(
         ("gmpo",),
         lambda run: run.stock and run["use_bias_correction_kl"],
         "note",
         "GMPO ignores use_bias_correction_kl: its k3 has no ratio, whatever is set",
     ),
-    Trap(
+    Pitfall(
         ("rloo",),
         lambda run: run.stock and run["normalize_advantages"],
         "note",
         "normalize_advantages: " + _NORMALIZED,
     ),
-    Trap(("ppo",), lambda run: run.in_reward, "note", "PPO: " + _NORMALIZED),
-    Trap(
+    Pitfall(("ppo",), lambda run: run.in_reward, "note", "PPO: " + _NORMALIZED),
+    Pitfall(
         ("ppo",),
         lambda run: run.in_reward and run["lam"] < 1,
         "note",
         "lam={lam}: GAE takes the critic's word for the KL of later tokens; unbiased as far as the critic is right",
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: (
             run.in_reward
@@ -176,45 +176,45 @@ TRAPS = (
         "note",
         "--algo.advantage.estimator {algo.advantage.estimator}: " + _NORMALIZED,
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: run.in_reward and run["algo.advantage.estimator"] == "gae" and run["algo.advantage.lambd"] < 1,
         "note",
         "--algo.advantage.lambd {algo.advantage.lambd}: GAE takes the critic's word for the KL of later tokens",
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: run.stock and run.in_reward and run["algo.kl.unbiased_gradient"],
         "note",
         "--algo.kl.unbiased_gradient is ignored for a KL in the reward: it needs --algo.kl.use_loss",
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: run.stock and not run.in_reward,
         "note",
         "OpenRLHF's logged kl is weighted by tokens twice with --algo.kl.use_loss; the gradient is not",
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: run.stock and not run.in_reward and run["algo.kl.target"] is not None,
         "note",
         "--algo.kl.target adapts beta to that wrong number",
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: run.stock,
         "note",
         "vLLM samples with min_tokens=1, which no flag changes: the first token is drawn without its end-of-sequence "
         "token, but scored with it; with --kl it is 0",
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: run.spec is not None and not run.in_reward and run["algo.advantage.is_correction_level"] == "off",
         "note",
         "without --algo.advantage.is_correction_level token the KL is weighed against the trainer's old policy, not "
         "against vLLM",
     ),
-    Trap(
+    Pitfall(
         _OPENRLHF,
         lambda run: run["algo.dynamic_filtering_enable"],
         "note",

@@ -13,7 +13,7 @@ from typing import Any
 
 from kl_plugins.core.registry import LOSSES
 from kl_plugins.explain.host_terms import BETA, HOSTS, NO_ENGINE, OURS, TERMS, VERSIONS, HostTerm
-from kl_plugins.explain.pitfalls import TRAPS
+from kl_plugins.explain.pitfalls import PITFALLS
 from kl_plugins.explain.run import Finding, Run, kl_options, nested, read_run
 from kl_plugins.integration.problem import Problem
 from kl_plugins.integration.rules_openrlhf import reward_length_problems, sampler_problems
@@ -61,10 +61,11 @@ class Explanation:
     configuration: dict[str, Any]
     """Every option that was looked at, defaults included."""
     given: list[str]
-    """Those of them that were given."""
+    """The names in `configuration` that the user set; all others are at their defaults."""
     ignored: list[str]
     """Options that were given but have no say in the KL."""
     assumed: list[str]
+    """What was assumed about what the configuration doesn't tell, such as which trainer it is for."""
     beta: float
     placement: str
     """`loss`, `advantage` or `reward`."""
@@ -83,7 +84,7 @@ class Explanation:
     change: dict[str, Any]
     """The options that make it principled; None leaves one out. Empty if it is."""
     instead: str
-    """The same as a line to write."""
+    """`change` written out, as a config in Python or as a command line; empty if nothing has to change."""
     estimator: str
     """k1, k2 or k3: the word by which hosts know the term; empty if it is none of them."""
     elsewhere: list[dict[str, Any]]
@@ -110,9 +111,9 @@ def explain_run(given: Mapping[str, Any], trainer: str, assumed: Sequence[str] =
     findings += _choice_findings(run, given)
     words = vars(nested(run.settings))  # for "{rollout.top_p}"
     findings += [
-        Finding(trap.effect, trap.says.format_map(words), trap.change)
-        for trap in TRAPS
-        if trainer in trap.on and trap.when(run)
+        Finding(pitfall.effect, pitfall.says.format_map(words), pitfall.change)
+        for pitfall in PITFALLS
+        if trainer in pitfall.on and pitfall.when(run)
     ]
     flaws = [finding for finding in findings if finding.effect != "note"]
     verdict = _verdict(gradient, {finding.effect for finding in flaws})

@@ -13,7 +13,7 @@ from tiny_openrlhf import parse
 from kl_plugins import ConfigError
 from kl_plugins.core.registry import GRADIENTS
 from kl_plugins.explain.host_terms import OPTIONS
-from kl_plugins.explain.pitfalls import TRAPS
+from kl_plugins.explain.pitfalls import PITFALLS
 from kl_plugins.explain.reading import convert, from_flags, read_flags
 from kl_plugins.explain.run import kl_options
 from kl_plugins.explain.verdict import explain_run
@@ -240,11 +240,11 @@ def test_rarer_settings(trainer, written, word):
     assert any(word in text for text in texts(trainer, written))
 
 
-def test_every_trap_is_sprung_by_a_case():
+def test_every_pitfall_is_met_by_a_case():
     said = [text for trainer, written, *_ in (*CASES, *RARER) for text in texts(trainer, written)]
-    for trap in TRAPS:
-        pattern = ".*".join(map(re.escape, re.split(r"\{[^}]*\}", trap.says)))
-        assert any(re.fullmatch(pattern, text) for text in said), trap.says
+    for pitfall in PITFALLS:
+        pattern = ".*".join(map(re.escape, re.split(r"\{[^}]*\}", pitfall.says)))
+        assert any(re.fullmatch(pattern, text) for text in said), pitfall.says
 
 
 # What the hosts' own configs and launcher say to the same configurations.
