@@ -30,14 +30,9 @@ class Problem:
         return self.says + (WAIVER if self.biases else "")
 
 
-def refused(problems: Iterable[Problem], *, allow_biased: bool) -> list[Problem]:
-    """Those of `problems` that `kl_allow_biased` doesn't let through."""
-    return [problem for problem in problems if not (problem.biases and allow_biased)]
-
-
 def refuse_problems(problems: Iterable[Problem], *, allow_biased: bool) -> None:
-    """Raise one `ConfigError` that says all of `problems` that are refused; return if none is."""
-    refuse([problem.refusal for problem in refused(problems, allow_biased=allow_biased)])
+    """Raise a `ConfigError` with all `problems` that `allow_biased` doesn't let through; return if none are left."""
+    refuse([problem.refusal for problem in problems if not (problem.biases and allow_biased)])
 
 
 def with_remedies(
