@@ -1,9 +1,24 @@
-"""The leave-one-out baseline: it is subtracted from coefficients and leaves the expected gradient what it was."""
+"""Baselines from a prompt's group: the mean of the other members, and the mean with the own one in it.
+
+Leave-one-out leaves the expected gradient what it was. A mean of all G members has the row's own coefficient in it:
+c_i - mean = (1 - 1/G) (c_i - mean of the others). So it is computed, at every position by the same 1 - 1/G, also
+where some members have ended; a mean of those that are still there would shrink late positions more than early ones.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def group_share(baseline: str | None, group_size: int | None) -> float:
+    """What a baseline leaves of the expected gradient: 1 - 1/G for `"group_mean"`, of groups of G; else 1.
+
+    Example:
+        >>> group_share("group_mean", 4), group_share("leave_one_out", 4)
+        (0.75, 1.0)
+    """
+    return 1 - 1 / group_size if baseline == "group_mean" and group_size else 1.0
 
 
 def leave_one_out(credited: Tensor, answers: Tensor, group_size: int) -> Tensor:

@@ -113,24 +113,34 @@ def check_shapes(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"kl_terms needs (batch, tokens) tensors of one shape, found {found}")
 
 
-def check_baseline(spec: KLSpec, baseline: Tensor | None, *, counted: Tensor) -> None:
-    """Raise unless a given (B, T) `baseline` is asked for and finite where tokens are `counted`, (B, T) bool."""
+def check_baseline(spec: KLSpec, baseline: Tensor | None, *, counted: Tensor, group_size: int | None) -> None:
+    """Raise unless a given (B, T) `baseline` is asked for and finite where tokens are `counted`, (B, T) bool.
+
+    `"group_mean"` shrinks by the `group_size`, whether or not the batch has whole groups.
+    """
     if baseline is None:
         return
     if spec.baseline is None:
-        raise ConfigError("a baseline was passed, but the configuration has none: set baseline='leave_one_out'")
+        raise ConfigError(
+            "a baseline was passed, but the configuration has none: set baseline='leave_one_out' or 'group_mean'"
+        )
+    if spec.baseline == "group_mean" and (group_size is None or group_size < 2):
+        raise ConfigError(
+            f"a baseline was passed for baseline='group_mean' with group_size={group_size}: it shrinks by 1 - "
+            "1/group_size; pass the number of completions per prompt, 2 or more"
+        )
     check_shapes({"logp": counted, "baseline": baseline})
     if not (baseline.isfinite() | ~counted).all():
         raise ValueError("the baseline that was passed is not finite at a counted token: it must be everywhere")
 
 
-def check_groups(group_size: int | None, *, rows: int) -> int:
+def check_groups(baseline: str | None, group_size: int | None, *, rows: int) -> int:
     """`group_size`, if it divides a batch of that many rows into groups of at least 2; raises otherwise."""
     if group_size is None:
-        raise ConfigError("baseline='leave_one_out' was asked for without groups: pass group_size (or baseline)")
+        raise ConfigError(f"baseline={baseline!r} was asked for without groups: pass group_size (or baseline)")
     if group_size < 2 or rows % group_size:
         raise ValueError(
-            f"leave_one_out with group_size={group_size} on a batch of {rows} rows: groups must have at least 2 "
+            f"{baseline} with group_size={group_size} on a batch of {rows} rows: groups must have at least 2 "
             "members and divide the batch; pass the number of completions per prompt"
         )
     return group_size

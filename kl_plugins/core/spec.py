@@ -14,7 +14,7 @@ from kl_plugins.errors import ConfigError, refuse
 
 OFF_POLICY = ("none", "token", "prefix", "sequence")
 WEIGHT_CLIP_MODES = ("truncate", "mask")
-BASELINES = (None, "leave_one_out")
+BASELINES = (None, "leave_one_out", "group_mean")
 CLIPS = (None, "separate", "combined")
 NONFINITE = ("error", "drop")
 TAILS = ("sampled", "bucket")
@@ -55,7 +55,10 @@ class KLSpec:
     weight_clip_mode: str = "truncate"
     """Outside the bounds: `"truncate"` to them, or `"mask"` (weight 0)."""
     baseline: str | None = None
-    """`"leave_one_out"` subtracts the mean coefficient of the other members of a prompt's group at the position."""
+    """`"leave_one_out"` subtracts the mean coefficient of the other members of a prompt's group at the position, as
+    RLOO does with rewards. `"group_mean"` is 1 - 1/G times the result, G the size of the group: what GRPO makes of
+    rewards by subtracting a mean with the completion's own in it. The expected gradient is then 1 - 1/G times that of
+    `gradient_of`, as the rewards' is, so that the two keep their proportion."""
     clip: str | None = None
     """PPO's clip on the coefficient as a cost: `"separate"` gives the KL a clipped head of its own, `"combined"` is
     for hosts that put the coefficient into a per-token advantage, under the policy's own ratio and clip."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kl_plugins.core.baseline import leave_one_out
+from kl_plugins.core.baseline import group_share, leave_one_out
 from kl_plugins.core.checks import LeftOut, check_baseline, check_groups, checked
 from kl_plugins.core.estimators import k3_derivative
 from kl_plugins.core.exact import ExactKL
@@ -33,7 +33,8 @@ class KLTerms:
     value: Tensor
     """(B, T), nats. The unweighted per-token KL, sampled or exact."""
     coefficient: Tensor
-    """(B, T). c_t, with credit assigned and the baseline subtracted, before any importance weight."""
+    """(B, T). c_t, with credit assigned and the baseline subtracted (of `"group_mean"`: and shrunk), before any
+    importance weight."""
     weight: Tensor
     """(B, T). w_t, after `weight_clip` and `clip="separate"`."""
     score_coefficient: Tensor
@@ -77,8 +78,10 @@ def kl_terms(
             whatever it holds.
         behavior_logp: (B, T), nats, of the policy that sampled the tokens: the rollout engine's own if known, else
             the trainer's old policy. None: on-policy. NaN (not scored by the engine): ratio 1 at that token, counted.
-        group_size: Completions per prompt, consecutive rows; needed by `baseline="leave_one_out"`.
-        baseline: (B, T), a baseline computed elsewhere from *other* samples, used instead of the batch's own groups.
+        group_size: Completions per prompt, consecutive rows; needed by `spec.baseline`.
+        baseline: (B, T), the mean of *other* samples (`leave_one_out_baseline`), computed where groups were whole and
+            used instead of the batch's own. `baseline="group_mean"` still needs `group_size`, the size that they had,
+            which then need not divide the batch.
         left_out_tokens: (B, T) of 0 and 1, 1 where a token's own KL is left out because of *which* token it is (an
             end of sequence, say). The divergence is then the generalized one over the other tokens of the vocabulary,
             sum_v m_v (p_v log(p_v / r_v) - p_v + r_v), which is 0 only where policy and reference agree on them.
@@ -91,12 +94,13 @@ def kl_terms(
 
     Returns:
         `KLTerms`. The sum of `loss` over tokens, averaged over sequences, has the expected gradient
-        `spec.gradient_of` on-policy; `spec.off_policy` says what of it remains true off-policy.
+        `spec.gradient_of` on-policy (1 - 1/group_size times it with `baseline="group_mean"`); `spec.off_policy` says
+        what of it remains true off-policy.
 
     Raises:
         ValueError: shapes that differ, a mask that isn't 0/1, a NaN or inf at a counted token (unless
             `spec.nonfinite="drop"`), or groups that don't divide the batch.
-        ConfigError: `baseline="leave_one_out"` with neither `group_size` nor `baseline`; `left_out_tokens` with a
+        ConfigError: `spec.baseline` without the `group_size` or `baseline` that it needs; `left_out_tokens` with a
             configuration whose later costs are no log-ratios; an exact configuration without `exact`, or with one
             that was made for another.
 
@@ -126,18 +130,19 @@ def kl_terms(
     costs = _costs(spec, log_ratio, counted, inputs.left_out, exact)
     coefficient = torch.where(counted, costs.credited, 0.0)
     subtracted = torch.where(counted, _baseline(spec, costs.credited, counted, group_size, baseline), 0.0)
-    reduced = _bounded(coefficient - subtracted)
+    share = group_share(spec.baseline, group_size)
+    reduced = share * _bounded(coefficient - subtracted)
 
     weight, cut = importance_weight(log_rho, counted, spec)
     state_weight, state_cut = importance_weight(log_rho, counted, spec, of_state=True)
     if spec.clip is not None:
         weight, cut = ppo_clip(weight, cut, log_rho, reduced, spec.clip_epsilon)
     weighted = _weighted(spec, costs, weight, state_weight, coefficient, subtracted)
-    score_coefficient = torch.where(counted, _bounded(weighted), 0.0)
+    score_coefficient = torch.where(counted, share * _bounded(weighted), 0.0)
 
     loss = surrogate(logp=logp, value=costs.value, score_coefficient=score_coefficient)
     if costs.divergence is not None:
-        loss = loss + state_weight * (costs.divergence - costs.divergence.detach())
+        loss = loss + share * state_weight * (costs.divergence - costs.divergence.detach())
         cut = cut | state_cut
         if spec.credit == "token" and spec.top_k is None:  # no token has a coefficient: this gradient is all there is
             weight, cut = state_weight, state_cut
@@ -205,8 +210,9 @@ def leave_one_out_baseline(
     """The `baseline` of `kl_terms`: for each row the mean coefficient of the *other* rows of its group.
 
     For hosts that split groups over micro-batches or processes: computed once from whole groups (`group_size`
-    consecutive rows) and the log-probs at rollout. It is a function of other samples, so that the expected gradient
-    stays what it was when the policy has moved on (Ahmadian et al., arXiv 2402.14740).
+    consecutive rows) and the log-probs at rollout, for `baseline="leave_one_out"` and `"group_mean"` alike. It is
+    a function of other samples, so that the expected gradient stays what it was when the policy has moved on (Ahmadian
+    et al., arXiv 2402.14740).
 
     Arguments and errors are those of `kl_terms`. Returns (B, T), detached, in the unit of the coefficient; 0 where no
     other row has something to answer for.
@@ -227,7 +233,7 @@ def leave_one_out_baseline(
         exact=exact,
     )
     costs = _costs(spec, inputs.logp - inputs.ref_logp, inputs.counted, inputs.left_out, exact)
-    return _leave_one_out(costs.credited, inputs.counted, group_size, spec.credit)
+    return _leave_one_out(spec, costs.credited, inputs.counted, group_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,18 +330,18 @@ def _weighted(
 
 
 def _baseline(spec: KLSpec, credited: Tensor, counted: Tensor, group_size: int | None, given: Tensor | None) -> Tensor:
-    """(B, T) what is subtracted from the coefficients."""
-    check_baseline(spec, given, counted=counted)
+    """(B, T) the mean of others that is subtracted from the coefficients; `group_share` shrinks what is left."""
+    check_baseline(spec, given, counted=counted, group_size=group_size)
     if given is not None:
         return given.detach().to(credited.dtype)
     if spec.baseline is None:
         return torch.zeros_like(credited)
-    return _leave_one_out(credited, counted, group_size, spec.credit)
+    return _leave_one_out(spec, credited, counted, group_size)
 
 
-def _leave_one_out(credited: Tensor, counted: Tensor, group_size: int | None, credit: str | None) -> Tensor:
-    group_size = check_groups(group_size, rows=len(credited))
-    return leave_one_out(credited, assign_credit(counted.to(credited.dtype), credit) > 0, group_size)
+def _leave_one_out(spec: KLSpec, credited: Tensor, counted: Tensor, group_size: int | None) -> Tensor:
+    group_size = check_groups(spec.baseline, group_size, rows=len(credited))
+    return leave_one_out(credited, assign_credit(counted.to(credited.dtype), spec.credit) > 0, group_size)
 
 
 def _bounded(x: Tensor, bound: float | None = None) -> Tensor:

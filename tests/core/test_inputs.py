@@ -24,7 +24,7 @@ EVERY_BRANCH = [
     {"name": "k1_in_reward", "off_policy": "prefix", "baseline": "leave_one_out"},
     {"name": "k1_in_reward", "off_policy": "sequence"},
     {"name": "k1_in_reward", "credit": "sequence", "baseline": "leave_one_out"},
-    {"name": "k2_in_reward", "off_policy": "sequence", "baseline": "leave_one_out"},
+    {"name": "k2_in_reward", "off_policy": "sequence", "baseline": "group_mean"},
     {"name": "k3_in_reward", "off_policy": "none", "baseline": "leave_one_out"},
     {"name": "k3_in_reward", "off_policy": "prefix"},
 ]

@@ -22,7 +22,7 @@ def specs(draw):
     loss = registry.LOSSES[name]
     options = {"credit": draw(st.sampled_from(sorted(loss.gradient_of)))}
     options["off_policy"] = draw(st.sampled_from(["none", "token", "prefix", "sequence"]))
-    options["baseline"] = draw(st.sampled_from([None, "leave_one_out"]))
+    options["baseline"] = draw(st.sampled_from([None, "leave_one_out", "group_mean"]))
     if options["credit"] == "to_go":
         options["gamma"] = draw(st.sampled_from([0.0, 0.5, 0.99, 1.0]))
     if options["off_policy"] != "none":
