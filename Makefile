@@ -21,9 +21,14 @@ CHECK := from transformers import AutoProcessor; from trl import GRPOTrainer, RL
 # Without bytecode, importing TRL and vLLM takes 13 seconds longer in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
+# The last TRL with a PPOTrainer, in front of the one in .venv.
+TRL_WITH_PPO := .cache/trl-1.12.0
+# Only what all runs were made for is written into the documents.
+DOCUMENTS = $(if $(findstring --,$(ARGS)),,--docs docs)
+
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python
 
-.PHONY: help setup quickstart quickstart-openrlhf ppo compare scoreboard benchmark test test-all matrix lint format docs wheel lock clean
+.PHONY: help setup quickstart quickstart-openrlhf ppo evidence compare scoreboard benchmark test test-all matrix lint format docs wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 28
@@ -37,9 +42,15 @@ quickstart: setup  ## train a small model with GRPO, vLLM rollouts and kl="k2_as
 quickstart-openrlhf: setup  ## the same with OpenRLHF: its Ray actors, DeepSpeed and vLLM
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" recipes/openrlhf.sh grpo $(if $(filter gpu,$(DEVICE)),1gpu,cpu) $(ARGS)
 
-ppo: setup  ## PPO with a critic, in TRL 1.12, which is put on top of .venv
-	test -d .cache/trl-1.12.0 || $(PIP) install --no-deps --target .cache/trl-1.12.0 trl==1.12.0
-	PYTHONPATH="$(CURDIR)/.cache/trl-1.12.0" $(RUN) recipes/ppo.py $(ARGS)
+ppo: setup $(TRL_WITH_PPO)  ## PPO with a critic, in TRL 1.12, which is put on top of .venv
+	PYTHONPATH="$(CURDIR)/$(TRL_WITH_PPO)" $(RUN) recipes/ppo.py $(ARGS)
+
+$(TRL_WITH_PPO):
+	$(PIP) install --no-deps --target $@ trl==1.12.0
+
+evidence: setup $(TRL_WITH_PPO)  ## what each KL term's training comes to: every figure of docs/evidence.md (ARGS=--quick: minutes)
+	$(RUN) recipes/known_optimum.py $(DOCUMENTS) $(ARGS)
+	$(RUN) recipes/reward_hacking.py $(DOCUMENTS) $(ARGS)
 
 compare: setup  ## the KL configurations side by side
 	$(RUN) recipes/compare.py $(ARGS)
