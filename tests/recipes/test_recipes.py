@@ -45,7 +45,7 @@ def test_all_are_tested_here():
     here += [f"benchmarks/{name}.py" for name in ("exact_kl", "monitor", "openrlhf_step", "trl_step")]
     elsewhere = ["openrlhf.sh", "ppo.py", "scoreboard/scoreboard.py"]
     parts = ["benchmarks/harness.py", "openrlhf_cpu/shim.py", "openrlhf_cpu/sitecustomize.py"]
-    parts += [f"evidence/{name}.py" for name in ("intervals", "runs", "tables")]
+    parts += [f"evidence/{name}.py" for name in ("intervals", "openrlhf_host", "runs", "tables")]
     parts += [f"scoreboard/{name}.py" for name in ("frameworks", "language_model", "pages", "worker")]
     found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.[ps][yh]")]
     assert sorted(found) == sorted(here + elsewhere + parts)

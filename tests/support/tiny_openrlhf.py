@@ -1,69 +1,24 @@
-"""OpenRLHF's own parser, actor and experience maker in one process, without Ray and without CUDA.
+"""OpenRLHF's own parser, actor and experience maker in one process, one step at a time.
 
-Real: the command line, `ActorPPOTrainer`, `Actor`, `PolicyLoss`, the replay buffer, `RemoteExperienceMaker`. Made up:
-the DeepSpeed strategy (here `loss.backward()`), and who answers `make_experience`'s remote calls.
+`recipes/evidence/openrlhf_host.py` says what is real in that; the answers that `make_experience` gets are made up.
 """
 
 from __future__ import annotations
 
-import os
-import runpy
 import sys
-import types
-import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import torch
 
 from kl_plugins import kl_terms
 from kl_plugins.openrlhf.actor import recorder_of
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
+from evidence.openrlhf_host import Strategy, actor_trainer, import_openrlhf, on_cpu, parse, ray_at_once
 
-def import_openrlhf():
-    """OpenRLHF imports flash-attn, which needs CUDA; nothing here calls it."""
-    names = ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed")
-    stubs = {name: types.ModuleType(name) for name in names}
-    for name in ("index_first_axis", "pad_input", "rearrange", "unpad_input"):
-        setattr(stubs["flash_attn.bert_padding"], name, None)
-    stubs["flash_attn.utils.distributed"].all_gather = None
-    if "openrlhf.models.ring_attn_utils" not in sys.modules:
-        sys.modules.update(stubs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import openrlhf.models.ring_attn_utils
-        for name in names:  # transformers and vLLM look for it too
-            del sys.modules[name]
-    import openrlhf.trainer.ppo_trainer
-    import openrlhf.trainer.ray.ppo_actor  # noqa: F401
-
-
-class _RayStarted(Exception):
-    """OpenRLHF has parsed and checked its command line, and calls `ray.init`."""
-
-
-def parse(*flags: str, at_ray_init=None):
-    """The arguments that OpenRLHF's own command line makes of `flags`, at the moment when it starts Ray."""
-    import_openrlhf()
-
-    def ray_init(**options):
-        if at_ray_init is not None:
-            at_ray_init(options)
-        raise _RayStarted(sys.modules["__main__"].args)
-
-    words = ["train_ppo_ray", "--actor.model_name_or_path", "m", *flags]
-    with mock.patch("ray.init", ray_init), mock.patch.object(sys, "argv", words), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
-        except _RayStarted as started:
-            return started.args[0]
-    raise AssertionError("OpenRLHF ended without starting Ray")
-
+__all__ = ["actor_trainer", "import_openrlhf", "on_cpu", "parse"]  # of the host, for the tests
 
 # What every run of the tests is started with, unless a test says otherwise; later flags win.
 FLAGS = (
@@ -72,68 +27,6 @@ FLAGS = (
     *("--rollout.n_samples_per_prompt", "4", "--rollout.batch_size", "8", "--rollout.micro_batch_size", "4"),
     *("--train.batch_size", "32", "--train.micro_batch_size", "4", "--algo.kl.init_coef", "0.1"),
 )
-
-
-class Cpu(str):
-    """As a device it is the CPU; in `f"cuda:{device}"`, which the replay buffer asks for, it is 0."""
-
-    def __format__(self, spec):
-        return "0"
-
-
-@contextmanager
-def on_cpu():
-    """OpenRLHF's unconditional calls into `torch.cuda`, and one process group of one rank."""
-    nothing = dict.fromkeys(("synchronize", "empty_cache"), mock.DEFAULT)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        with mock.patch.multiple(torch.cuda, current_device=lambda: Cpu("cpu"), **nothing):
-            yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-class Strategy:
-    """What `ActorPPOTrainer` and `RemoteExperienceMaker` ask of DeepSpeed, on one rank."""
-
-    ring_attn_group, world_size, accumulated_gradient = None, 1, 1
-    ds_device_mesh: dict = {"dp": SimpleNamespace(get_group=lambda: None)}  # noqa: RUF012
-
-    def __init__(self, args):
-        self.args = args
-
-    def backward(self, loss, model, optimizer):
-        loss.backward()
-
-    def optimizer_step(self, optimizer, model, scheduler, name):
-        pass
-
-    def all_reduce(self, data, op="mean"):
-        return data
-
-    def get_grad_norm(self, model):
-        return 0.0
-
-    def is_rank_0(self):
-        return False
-
-
-def actor_trainer(args, model):
-    """A real `ActorPPOTrainer` around `model`, within `on_cpu()`."""
-    from openrlhf.models import Actor
-    from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
-
-    actor = Actor(model)
-    actor.packing_samples = False
-    return ActorPPOTrainer(
-        Strategy(args),
-        actor,
-        ema_model=None,
-        actor_optim=None,
-        actor_scheduler=SimpleNamespace(get_last_lr=lambda: [0.0]),
-        micro_train_batch_size=args.train.micro_batch_size,
-        dataloader_pin_memory=False,
-    )
 
 
 def experience(args, sequences, action_mask, **fields):
@@ -181,8 +74,7 @@ def experience_maker(args, *, logp, ref_logp, values=None, kl_coef=0.1):
     from openrlhf.trainer.ppo_utils import experience_maker as module
     from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 
-    ray = SimpleNamespace(get=lambda refs: refs, put=lambda x: x)
-    with mock.patch.object(module, "ray", ray):
+    with ray_at_once():
         yield module.RemoteExperienceMaker(
             Group(logp),
             None if values is None else Group(values),
