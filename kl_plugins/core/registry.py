@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "kl_plugins.losses"
 GRADIENTS = ("reverse_kl", "local_reverse_kl", "forward_kl", "local_forward_kl", "zero", "biased")
 CREDITS = ("token", "to_go", "sequence")
+REVERSE_KL = "reverse_kl"
+"""What hosts take for `kl=`, to pick a configuration themselves (`integration.choice`): the name of none."""
 EXACT = ("", "reverse_kl", "forward_kl")
 
 
@@ -203,9 +205,14 @@ def get_loss(name: str) -> KLLoss:
         raise ConfigError(f"KL loss {name!r} is registered more than once, by {claims}: rename or uninstall one")
     if found and name not in LOSSES:
         register(_load(found[0]))
+    if name == REVERSE_KL:
+        raise UnknownLossError(
+            f"{name!r} names a divergence, of which a host picks the configuration (GRPOConfig(kl={name!r})): name "
+            "one here, such as 'k1_in_reward'"
+        )
     if name not in LOSSES:
         known = sorted({*LOSSES, *third_party_names()})
-        close = get_close_matches(str(name), known, n=1)
+        close = get_close_matches(str(name), [*known, REVERSE_KL], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UnknownLossError(f"unknown KL loss {name!r}: {hint}known are {', '.join(known)}")
     return LOSSES[name]
@@ -251,7 +258,7 @@ def register(loss: KLLoss) -> KLLoss:
         True
         >>> del LOSSES["half_k1_in_reward"]
     """
-    if LOSSES.setdefault(loss.name, loss) is not loss:
+    if loss.name == REVERSE_KL or LOSSES.setdefault(loss.name, loss) is not loss:
         raise ConfigError(f"KL loss {loss.name!r} is already registered: choose another name")
     return loss
 

@@ -11,6 +11,7 @@ from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError, refuse
 from kl_plugins.explain.host_terms import BETA, CHOICES, HOSTS, MARKS, OPTIONS, TERMS, VERSIONS, HostTerm
 from kl_plugins.explain.reading import convert, refuse_unknown_kl
+from kl_plugins.integration.choice import updates_per_rollout
 from kl_plugins.integration.options import (
     KLOptions,
     OpenRLHFOptions,
@@ -144,7 +145,7 @@ def read_run(given: Mapping[str, Any], trainer: str, assumed: list[str]) -> tupl
     if flags:  # without any option of ours it is OpenRLHF that is started, not our launcher
         problems = list(openrlhf_problems(chosen, *flags) if ours else ())
     else:  # a config of TRL has its options and ours in one object, which the rules read
-        vars(chosen).update(settings)
+        vars(chosen).update(settings | _steps(settings))
         problems = list(RULES[trainer](chosen))
     if chosen.kl is None:
         term = _host_term(trainer, settings)
@@ -198,7 +199,7 @@ def _spec(chosen: Any, problems: Sequence[Problem], *flags: Any) -> KLSpec:
         except ConfigError:
             continue
         return spec
-    return KLSpec.from_name(chosen.kl, allow_biased=True)
+    return KLSpec.from_name(chosen.kl_loss.name, allow_biased=True)
 
 
 def nested(settings: Mapping[str, Any]) -> SimpleNamespace:
@@ -231,9 +232,17 @@ def _updates(trainer: str, settings: Mapping[str, Any], assumed: list[str]) -> t
         samples = settings["rollout.batch_size"] * settings["rollout.n_samples_per_prompt"]
         updates = samples / settings["train.batch_size"] * settings["train.max_epochs"]
         return updates, updates > 1
-    accumulation, steps = settings["gradient_accumulation_steps"], settings["steps_per_generation"]
-    if steps is None and settings["generation_batch_size"] is not None:
-        steps = max(1, settings["generation_batch_size"] // settings["per_device_train_batch_size"])
-        assumed.append(f"one process, so that generation_batch_size makes steps_per_generation {steps}")
-    micro_batches = (steps or accumulation) * settings["num_iterations"]
-    return micro_batches / accumulation, accumulation % micro_batches != 0
+    steps = _steps(settings)
+    if steps:
+        assumed.append(
+            f"one process, so that generation_batch_size makes steps_per_generation {steps['steps_per_generation']}"
+        )
+    return updates_per_rollout(SimpleNamespace(**dict(settings, **steps)))
+
+
+def _steps(settings: Mapping[str, Any]) -> dict[str, int]:
+    """`steps_per_generation` as a config of TRL's GRPO or RLOO reckons it, where it isn't given."""
+    batch = settings.get("generation_batch_size")
+    if batch is None or settings["steps_per_generation"] is not None:
+        return {}
+    return {"steps_per_generation": max(1, batch // settings["per_device_train_batch_size"])}

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kl_plugins.core.controllers import Controller, ControllerSpec
-from kl_plugins.core.registry import get_loss
+from kl_plugins.core.registry import REVERSE_KL, KLLoss, get_loss
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError
+from kl_plugins.integration.choice import PICKED, Choice, choose, updates_per_rollout
 from kl_plugins.integration.leave_out import words_of
 
 # Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
@@ -20,8 +21,6 @@ ALLOW_BIASED = "kl_allow_biased=True (--kl-allow-biased)"
 CONTROLLER_OPTIONS = tuple(f.name for f in fields(ControllerSpec))
 UNUSED_IN_REWARD = ("kl_gamma", "kl_off_policy", "kl_weight_clip", "kl_weight_clip_mode", "kl_clip", "kl_clip_epsilon")
 LEAVE_OUT_OPTIONS = ("kl_leave_out", "kl_leave_out_equal_rewards")
-# OpenRLHF's estimators that give each prompt a group of completions, whose other members can be a baseline.
-GROUP_ESTIMATORS = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
 
 
 def option(default: Any, help: str) -> Any:
@@ -42,13 +41,21 @@ def without_words(options: dict[str, Any]) -> dict[str, Any]:
 class KLOptions:
     """One flat field for each option of `kl_plugins.KLSpec`; `kl` is the name of the configuration."""
 
-    kl: str | None = option(None, "KL configuration, e.g. k2_as_loss; None leaves the host's own KL untouched.")
-    kl_credit: str | None = option(None, "token, to_go or sequence; None is the configuration's default.")
+    kl: str | None = option(
+        None, "reverse_kl, or a KL configuration by name, e.g. k1_in_reward; None leaves the host's own KL untouched."
+    )
+    kl_credit: str | None = option(
+        None,
+        "token, to_go or sequence; None: as the trainer's rewards if the KL is among them, else the KL's default.",
+    )
     kl_gamma: float = option(1.0, "Discount per position of kl_credit=to_go, in [0, 1].")
     kl_off_policy: str = option("token", "Importance weight of the KL: none, token, prefix or sequence.")
     kl_weight_clip: list[float] = option([0.0, 10.0], "Bounds (low, high) of the importance weight.")
     kl_weight_clip_mode: str = option("truncate", "Outside the bounds: truncate to them, or mask (weight 0).")
-    kl_baseline: str | None = option(None, "leave_one_out, or None.")
+    kl_baseline: str | None = option(
+        "auto",
+        "leave_one_out, group_mean, None, or auto: as the trainer's rewards if the KL is among them, else None.",
+    )
     kl_clip: str | None = option(None, "PPO's clip on the KL: separate, combined (in the advantage), or None.")
     kl_clip_epsilon: float = option(0.2, "Half width of the clip range of kl_clip=separate.")
     kl_coefficient_bound: float | None = option(
@@ -85,14 +92,30 @@ class KLOptions:
             return None
         elsewhere = (*CONTROLLER_OPTIONS, *LEAVE_OUT_OPTIONS)
         options = {n.removeprefix("kl_"): v for n, v in chosen.items() if n not in elsewhere}
-        if self.kl_coefficient_bound is None and get_loss(self.kl).may_overflow:
+        if self.kl_coefficient_bound is None and self.kl_loss.may_overflow:
             options["coefficient_bound"] = COEFFICIENT_BOUND
         if set(self.kl_leave_out) - {"first"}:
             options["left_out_bound"] = COEFFICIENT_BOUND
         try:
-            return KLSpec.from_name(self.kl, **options)
+            return KLSpec.from_name(self.kl_loss.name, **options)
         except ConfigError as error:
             raise ConfigError(*(_by_field(problem).replace("kl_gamma=", gamma) for problem in error.args)) from None
+
+    @property
+    def kl_loss(self) -> KLLoss:
+        """The record of what `kl`, which is not None, names or picks. Raises what `get_loss` raises."""
+        return get_loss(PICKED if self.kl == REVERSE_KL else str(self.kl))
+
+    def kl_choice(self, *flags: Any) -> Choice:
+        """What `kl`, which is not None, and the options left open stand for; `flags` are the host's, if it has any.
+
+        Here no host is known. Raises what `get_loss` raises.
+        """
+        return choose(str(self.kl), self._given())
+
+    def _given(self) -> dict[str, Any]:
+        """The options that the user has set, to something else than the default of this package."""
+        return {name: getattr(self, name) for name in self.changed_kl_options()}
 
     def controller(self, beta: float) -> Controller:
         """What changes the coefficient `beta` in the course of a training. Raises what `ControllerSpec` raises."""
@@ -102,9 +125,10 @@ class KLOptions:
         """Whether anything may be left out of the KL."""
         return bool(self.kl_leave_out) or self.kl_leave_out_equal_rewards
 
-    def kl_options(self) -> dict[str, Any]:
-        """What was chosen for each option but `kl`, under the names of the fields."""
-        return {f.name: getattr(self, f.name) for f in fields(KLOptions) if f.name != "kl"}
+    def kl_options(self, *flags: Any) -> dict[str, Any]:
+        """What holds for each option but `kl`, under the names of the fields; `flags` are those of `kl_choice`."""
+        options = {f.name: getattr(self, f.name) for f in fields(KLOptions) if f.name != "kl"}
+        return options if self.kl is None else options | self.kl_choice(*flags).options
 
     def changed_kl_options(self) -> list[str]:
         """The options, but for `kl`, that are not at the default of this package."""
@@ -133,21 +157,21 @@ class ReferenceOptions(KLOptions):
     )
     kl_reference_decay: float = option(0.0, "What remains of the reference then: 0 replaces it, 0.99 averages.")
 
+    kl_host = "grpo"
+    """Whose rewards the KL is among, in `choice.TREATMENTS`."""
+
+    def kl_choice(self, *flags: Any) -> Choice:
+        """What `kl`, which is not None, and the options left open stand for under TRL's own, of the same object."""
+        host: Any = self
+        off_policy = bool(host.use_vllm) or updates_per_rollout(host)[1]
+        return choose(str(self.kl), self._given(), host=self.kl_host, off_policy=off_policy)
+
 
 @dataclass
 class RLOOOptions(ReferenceOptions):
-    """The options of TRL's RLOO: `ReferenceOptions`, with a default of `kl_baseline` that fits RLOO's own baseline."""
+    """The options of TRL's RLOO: those of GRPO, with what fits the rewards of RLOO where they are left open."""
 
-    kl_baseline: str | None = option(
-        "auto", "leave_one_out, None, or auto: leave_one_out for the in-reward configurations, as RLOO does."
-    )
-
-    def kl_options(self) -> dict[str, Any]:
-        """What was chosen for each option but `kl`, with `kl_baseline="auto"` resolved."""
-        options = super().kl_options()
-        if options["kl_baseline"] == "auto" and self.kl is not None:
-            options["kl_baseline"] = "leave_one_out" if get_loss(self.kl).in_reward else None
-        return options
+    kl_host = "rloo"
 
 
 @dataclass
@@ -164,12 +188,12 @@ class PlacementOptions(KLOptions):
         """Whether the term is a per-token reward instead of a term of the loss."""
         if self.kl is None or self.kl_placement != "auto":
             return self.kl is not None and self.kl_placement == "reward"
-        return get_loss(self.kl).in_reward
+        return self.kl_loss.in_reward
 
-    def in_reward(self, *, gamma: float) -> dict[str, Any]:
+    def in_reward(self, *flags: Any, gamma: float) -> dict[str, Any]:
         """What holds for each option but `kl` in the reward, under a host's own discount `gamma`, ratio and clip."""
         defaults = {f.name: f.metadata["default"] for f in fields(KLOptions)}
-        options = KLOptions.kl_options(self) | {name: defaults[name] for name in UNUSED_IN_REWARD}
+        options = KLOptions.kl_options(self, *flags) | {name: defaults[name] for name in UNUSED_IN_REWARD}
         options["kl_clip"] = "combined"
         if self.kl_credit in (None, "to_go"):
             options["kl_gamma"] = gamma
@@ -180,7 +204,11 @@ class PlacementOptions(KLOptions):
 class PPOOptions(PlacementOptions):
     """The options of TRL's PPO. `gamma`, its discount of rewards, is read from the same object."""
 
-    def kl_options(self) -> dict[str, Any]:
+    def kl_choice(self, *flags: Any) -> Choice:
+        """What `kl`, which is not None, and the options left open stand for among PPO's rewards."""
+        return choose(str(self.kl), self._given(), host="ppo")
+
+    def kl_options(self, *flags: Any) -> dict[str, Any]:
         """What holds for each option but `kl`; in the reward TRL's own discount, ratio and clip."""
         host: Any = self
         return self.in_reward(gamma=host.gamma) if self.kl_in_reward else super().kl_options()
@@ -197,11 +225,10 @@ class OpenRLHFOptions(PlacementOptions):
     `args` of the methods are OpenRLHF's parsed (hierarchical) flags.
     """
 
-    kl: str | None = option(None, "KL configuration, e.g. k2_as_loss; `kl-plugins explain` lists them.")
-    kl_clip: str | None = option(None, "PPO's clip on a KL in the loss: separate, or none.")
-    kl_baseline: str | None = option(
-        "auto", "leave_one_out, none, or auto: leave_one_out for the in-reward configurations of group estimators."
+    kl: str | None = option(
+        None, "reverse_kl, or a KL configuration by name, e.g. k1_in_reward; `kl-plugins explain` lists them."
     )
+    kl_clip: str | None = option(None, "PPO's clip on a KL in the loss: separate, or none.")
     kl_monitor: bool = option(
         False, "Log what the KL does (docs/monitoring.md): that of --kl or, without it, OpenRLHF's own."
     )
@@ -209,19 +236,22 @@ class OpenRLHFOptions(PlacementOptions):
     def __post_init__(self) -> None:
         self._none_from_words()
 
+    def kl_choice(self, args: Any = None) -> Choice:
+        """What `kl`, which is not None, and the options left open stand for under the flags `args`."""
+        if args is None:
+            return choose(str(self.kl), self._given())
+        groups = args.rollout.n_samples_per_prompt > 1
+        estimator = args.algo.advantage.estimator
+        return choose(str(self.kl), self._given(), host="openrlhf", estimator=estimator, groups=groups)
+
     def kl_options(self, args: Any = None) -> dict[str, Any]:
         """What holds for each option but `kl` under the flags `args`; without them as if they were at their defaults.
 
         In the reward these are OpenRLHF's own discount, ratio and clip.
         """
-        options = super().kl_options()
         if self.kl_in_reward:
-            options = self.in_reward(gamma=1.0 if args is None else openrlhf_gamma(args))
-        if options["kl_baseline"] == "auto":
-            groups = args is not None and args.algo.advantage.estimator in GROUP_ESTIMATORS
-            groups = groups and args.rollout.n_samples_per_prompt > 1 and get_loss(str(self.kl)).in_reward
-            options["kl_baseline"] = "leave_one_out" if groups else None
-        return options
+            return self.in_reward(args, gamma=1.0 if args is None else openrlhf_gamma(args))
+        return super().kl_options(args)
 
     def kl_spec(self, args: Any = None) -> KLSpec | None:
         """The checked `KLSpec` under the flags `args`, or None if `kl` is None. Raises what `KLSpec` raises."""

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from kl_plugins.core.registry import get_loss
+from kl_plugins.core.registry import REVERSE_KL
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError
+from kl_plugins.integration.choice import PICKED
 from kl_plugins.integration.options import (
     CONTROLLER_OPTIONS,
     LEAVE_OUT_OPTIONS,
@@ -51,9 +52,7 @@ def spec_problems(options: Any, *flags: Any, discount: str = "") -> Iterator[Pro
 
     changed = [name for name in options.changed_kl_options() if name in SPEC_OPTIONS]
     changes = [*({name: None} for name in changed), dict.fromkeys(changed)]
-    loss = get_loss(str(options.kl))
-    instead = loss.instead or ("k1_in_reward" if loss.in_reward else "k2_as_loss")
-    otherwise = {discount: 1.0} if discount and instead == options.kl else {"kl": instead}
+    otherwise = {discount: 1.0} if discount and options.kl_loss.name == PICKED else {"kl": REVERSE_KL}
     for problem in with_remedies(options, messages, changes):
         yield problem if problem.change else replace(problem, change=otherwise)
     if not messages(options):
@@ -105,9 +104,9 @@ def controller_problems(options: KLOptions, beta: float) -> Iterator[Problem]:
 
 def distribution_problems(options: KLOptions, host: str) -> Iterator[Problem]:
     """What is wrong with an exact KL in a `host` that hands out no full next-token distributions."""
-    loss = get_loss(str(options.kl))
+    loss = options.kl_loss
     if loss.exact:
-        instead = "k1_in_reward" if loss.in_reward else "k2_as_loss" if loss.exact == "reverse_kl" else "k3_as_loss"
+        instead = "k3_as_loss" if loss.exact == "forward_kl" else REVERSE_KL
         yield Problem(
             f"{loss.name} needs the full next-token distributions of both models, but {host} only gives the "
             f"log-probs of the sampled tokens: use {instead}, or TRL's GRPOTrainer or RLOOTrainer",
@@ -129,9 +128,9 @@ def placement_problems(options: PlacementOptions, *, host: str, applies: str) ->
                 {"kl_clip": None},
             )
         return
-    if not get_loss(str(options.kl)).in_reward:
+    if not options.kl_loss.in_reward:
         yield Problem(
-            f"{options.kl} is a term of the loss: leave kl_placement out, or use kl='k1_in_reward'",
+            f"{options.kl} is a term of the loss: leave kl_placement out, or use kl={REVERSE_KL!r}",
             {"kl_placement": None},
         )
     if options.kl_credit not in (None, "to_go"):

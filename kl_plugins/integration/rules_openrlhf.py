@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from kl_plugins.core.registry import get_loss
-from kl_plugins.integration.options import GROUP_ESTIMATORS, OpenRLHFOptions
+from kl_plugins.integration.choice import GROUP_ESTIMATORS
+from kl_plugins.integration.options import OpenRLHFOptions
 from kl_plugins.integration.problem import Problem
 from kl_plugins.integration.rules import controller_problems, distribution_problems, placement_problems, spec_problems
 
@@ -22,7 +22,7 @@ def openrlhf_problems(options: OpenRLHFOptions, args: Any) -> Iterator[Problem]:
     if options.kl is None:
         yield from _watched_problems(options, args)
         return
-    if get_loss(options.kl).exact:
+    if options.kl_loss.exact:
         yield from distribution_problems(options, "OpenRLHF's actor")
         return
     yield from placement_problems(
@@ -76,12 +76,12 @@ def _flag_problems(options: OpenRLHFOptions, args: Any) -> Iterator[Problem]:
             f"--algo.kl.target with kl_controller={options.kl_controller!r}: keep one of the two",
             {"algo.kl.target": None},
         )
-    if kl.unbiased_gradient and options.kl != "k2_as_loss":  # whose gradient that is
+    if kl.unbiased_gradient and options.kl_loss.name != "k2_as_loss":  # whose gradient that is
         yield Problem(
             "--algo.kl.unbiased_gradient is about OpenRLHF's own KL, which kl replaces: leave it out",
             {"algo.kl.unbiased_gradient": None},
         )
-    if kl.estimator not in ("k1", str(options.kl)[:2]):  # its default, and what a launch script may have
+    if kl.estimator not in ("k1", options.kl_loss.name[:2]):  # its default, and what a launch script may have
         yield Problem(
             f"--algo.kl.estimator {kl.estimator} names OpenRLHF's own KL, which kl replaces: leave it out",
             {"algo.kl.estimator": None},

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kl_plugins.core.registry import get_loss
 from kl_plugins.integration.problem import Problem
 from kl_plugins.integration.rules import (
     beta_problems,
@@ -79,11 +78,12 @@ def rloo_problems(settings: Any) -> Iterator[Problem]:
         yield from unnamed_problems(settings)
         return
     yield from _online_problems(settings, suggested=SUGGESTED_BETA["rloo"])
-    if settings.kl_clip == "combined" and settings.kl_credit != "sequence":
+    credit = settings.kl_choice().options["kl_credit"]
+    if settings.kl_clip == "combined" and credit != "sequence":
         yield Problem(
-            f"kl_clip='combined' with kl_credit={settings.kl_credit!r}: RLOO's advantage is one number a sequence; "
+            f"kl_clip='combined' with kl_credit={credit!r}: RLOO's advantage is one number a sequence; "
             "use kl_credit='sequence', or kl_clip='separate'",
-            {"kl_credit": "sequence"} if "sequence" in get_loss(settings.kl).gradient_of else {"kl_clip": None},
+            {"kl_credit": "sequence"} if "sequence" in settings.kl_loss.gradient_of else {"kl_clip": None},
         )
     if settings.kl_clip == "combined" and set(settings.kl_leave_out) - {"first"}:
         yield Problem(
@@ -113,7 +113,7 @@ def _online_problems(settings: Any, *, suggested: float) -> Iterator[Problem]:
             {"sync_ref_model": None},
         )
     moving = "sync_ref_model" if settings.sync_ref_model else "kl_reference_every"
-    if get_loss(settings.kl).exact and (settings.sync_ref_model or settings.kl_reference_every is not None):
+    if settings.kl_loss.exact and (settings.sync_ref_model or settings.kl_reference_every is not None):
         yield Problem(
             f"{moving}={getattr(settings, moving)} changes the reference between a rollout and its use, but "
             f"kl={settings.kl!r} keeps its hidden states from the rollout: leave it out, or use k1_in_reward or "
@@ -128,7 +128,7 @@ def ppo_problems(settings: Any) -> Iterator[Problem]:
     if settings.kl is None:
         yield from unnamed_problems(settings)
         return
-    if get_loss(settings.kl).exact:
+    if settings.kl_loss.exact:
         yield from distribution_problems(settings, "TRL's PPOTrainer")
         return
     yield from spec_problems(settings, discount="gamma" if settings.kl_in_reward else "")
@@ -151,7 +151,7 @@ def ppo_problems(settings: Any) -> Iterator[Problem]:
             "kl_leave_out_equal_rewards needs several completions of a prompt: leave it out, PPO generates one",
             {"kl_leave_out_equal_rewards": None},
         )
-    if settings.kl_baseline is not None:
+    if settings.kl_baseline not in (None, "auto"):
         yield Problem(
             f"kl_baseline={settings.kl_baseline!r} needs several completions of a prompt, but PPO generates one, and "
             "its critic is the baseline: leave it out",

@@ -218,7 +218,7 @@ class AppliedToTRL:
                 f"{name} is no option of {', '.join(self.trainers)}" + f"; did you mean {close[0]}?" * bool(close)
             )
         refuse(problems)
-        shared = {f.name for f in fields(KLOptions)} & self.options.keys() - {"kl_baseline"}
+        shared = {f.name for f in fields(KLOptions)} & self.options.keys()
         KLOptions(**{name: self.options[name] for name in shared}).kl_spec()
 
 

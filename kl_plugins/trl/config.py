@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import trl
 
-from kl_plugins.core.registry import get_loss
 from kl_plugins.errors import refuse
 from kl_plugins.integration.options import KLOptions, ReferenceOptions, RLOOOptions
 from kl_plugins.integration.problem import Problem, refuse_problems
@@ -44,8 +43,11 @@ class KLConfigMixin(KLOptions):
             setattr(self, self.kl_beta_field, self._guarded(getattr(self, self.kl_beta_field)))
 
     def to_dict(self) -> dict[str, Any]:
-        """TRL's options and ours, for its logs and files: with the coefficient as a plain number."""
+        """TRL's options and ours, for its logs and files: what `kl` picked, and the coefficient as a plain number."""
         options: dict[str, Any] = super().to_dict()  # type: ignore[misc]  # TRL's
+        if self.kl is not None:
+            choice = self.kl_choice()
+            options |= {"kl": choice.kl, **choice.options}
         return options | {self.kl_beta_field: float(getattr(self, self.kl_beta_field))}
 
     def _check_host(self) -> None:
@@ -97,7 +99,7 @@ class OnlineFields(ReferenceOptions, KLConfigMixin):
 
     def _check_host(self) -> None:
         config: Any = self  # with TRL's own options
-        more = {"vllm": config.use_vllm, "exact": get_loss(str(self.kl)).exact}
+        more = {"vllm": config.use_vllm, "exact": self.kl_loss.exact}
         check_trl(*self.kl_part.split(), *(part for part, needed in more.items() if needed))
 
     def _guarded(self, beta: float) -> float:

@@ -71,8 +71,8 @@ class KLTermMixin(Host):
             mask: (B, T) of 0 and 1, 1 where the token counts. What the others hold doesn't matter.
             behavior_logp: (B, T), nats: of the policy that drew the tokens; None is on-policy, NaN a token that the
                 rollout engine did not score.
-            more: Whatever else `kl_plugins.kl_terms` is to get: `baseline`, `exact`, and the masks of the tokens that
-                `kl_leave_out` and `kl_leave_out_equal_rewards` leave out.
+            more: Whatever else `kl_plugins.kl_terms` is to get: `baseline` and `group_size`, `exact`, and the
+                masks of the tokens that `kl_leave_out` and `kl_leave_out_equal_rewards` leave out.
 
         Returns:
             `KLTerms`, of which the trainer adds beta times `loss` to its own, reduced as its own is.
@@ -99,8 +99,14 @@ class KLTermMixin(Host):
             self.set_beta(next_beta(self.kl_controller, sums))
 
     def say_gradient(self, *qualifications: str) -> None:
-        """Log which term is trained and the gradient that it has, as a warning if that is zero or biased."""
+        """Log which term is trained and the gradient that it has, as a warning if that is zero or biased.
+
+        What `kl="reverse_kl"` picked is a warning, too: the level that TRL shows by default.
+        """
         spec: KLSpec = self.kl_spec
+        picked = self.args.kl_choice().sentence
+        if picked and self.accelerator.is_main_process:
+            logger.warning(picked)
         say = logger.warning if spec.gradient_of in ("zero", "biased") else logger.info
         said = "".join(qualifications)
         say(f"KL term: {spec}; its expected on-policy gradient is {spec.gradient_of}{said}")

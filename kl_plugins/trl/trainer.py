@@ -175,6 +175,7 @@ class KLTrainer(KLTermMixin, Host):
             mask=mask,
             behavior_logp=inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps")),
             baseline=inputs.get("kl_baseline"),
+            group_size=None if self.kl_spec.baseline is None else int(self.num_generations),
             exact=None if self._exact is None else self._exact.kl(mask, inputs["kl_ref_hidden"]),
             **self._left_out(inputs),
         )

@@ -61,9 +61,9 @@ def test_the_discount_is_the_hosts(planned):
         (
             GRPO,
             {"kl": "exact_in_reward"},
-            "^exact_in_reward needs the full .*OpenRLHF's actor only gives.*k1_in_reward",
+            "^exact_in_reward needs the full .*OpenRLHF's actor only gives.*use reverse_kl",
         ),
-        (GRPO, {"kl": "exact_as_loss"}, "^exact_as_loss needs the full next-token distributions.*k2_as_loss"),
+        (GRPO, {"kl": "exact_as_loss"}, "^exact_as_loss needs the full next-token distributions.*use reverse_kl"),
         ((), {}, "no KL was named"),
         ((), {"kl": "k1_as_loss"}, "expected gradient is zero"),
         (REINFORCE, {"kl": "k3_in_reward"}, "expected gradient is biased"),

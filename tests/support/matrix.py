@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TRAINED = {
-    "k1_in_reward to_go": {"kl": "k1_in_reward"},
+    "k1_in_reward to_go": {"kl": "k1_in_reward", "kl_credit": "to_go"},
     "k1_in_reward sequence": {"kl": "k1_in_reward", "kl_credit": "sequence"},
     "k1_in_reward token": {"kl": "k1_in_reward", "kl_credit": "token"},
     "k2_as_loss token": {"kl": "k2_as_loss"},

@@ -93,7 +93,8 @@ def test_contradictions_with_grpos_own_options(options, says):
 
 def test_rloo_has_one_advantage_a_sequence():
     with pytest.raises(ConfigError, match="kl_credit='sequence'"):
-        make(RLOOConfig, kl="k1_in_reward", kl_clip="combined")
+        make(RLOOConfig, kl="k1_in_reward", kl_credit="to_go", kl_clip="combined")
+    assert make(RLOOConfig, kl="k1_in_reward", kl_clip="combined").kl_spec().credit == "sequence"
 
 
 def test_every_problem_is_named_at_once():
@@ -163,11 +164,37 @@ def test_biased_gradients_need_to_be_allowed(config):
     assert args.kl_spec().gradient_of == "zero"
 
 
-def test_the_in_reward_configurations_of_rloo_have_its_baseline():
-    assert make(RLOOConfig, kl="k1_in_reward").kl_spec().baseline == "leave_one_out"
-    assert make(RLOOConfig, kl="k1_in_reward", kl_baseline=None).kl_spec().baseline is None
-    assert make(RLOOConfig, kl="k2_as_loss").kl_spec().baseline is None
-    assert make(GRPOConfig, kl="k1_in_reward").kl_spec().baseline is None
+@pytest.mark.parametrize(
+    ("config", "baseline"), [(RLOOConfig, "leave_one_out"), (GRPOConfig, "group_mean"), (GMPOConfig, "group_mean")]
+)
+def test_a_kl_in_the_reward_is_treated_as_the_reward(config, baseline):
+    spec = make(config, kl="k1_in_reward").kl_spec()
+    assert (spec.credit, spec.baseline) == ("sequence", baseline)
+    assert make(config, kl="k1_in_reward", kl_baseline=None).kl_spec().baseline is None
+    assert make(config, kl="k1_in_reward", kl_credit="to_go").kl_spec().credit == "to_go"
+    assert make(config, kl="exact_in_reward").kl_spec().baseline == baseline
+    assert make(config, kl="exact_in_reward", kl_credit="token").kl_spec().baseline is None
+    spec = make(config, kl="k2_as_loss").kl_spec()
+    assert (spec.credit, spec.baseline) == ("token", None)
+
+
+@pytest.mark.parametrize("config", [RLOOConfig, GRPOConfig, GMPOConfig])
+def test_reverse_kl_is_a_configuration_that_could_be_written_by_hand(config):
+    """And the config's own dictionary, which goes to the logs, has it as it is trained."""
+    picked = make(config, kl="reverse_kl")
+    by_hand = make(config, kl="k1_in_reward")
+    assert picked.kl_spec() == by_hand.kl_spec()
+    assert picked.kl_spec().gradient_of == "reverse_kl"
+    logged = picked.to_dict()
+    assert {name: logged[name] for name in ("kl", "kl_credit", "kl_baseline")} == {
+        "kl": "k1_in_reward",
+        "kl_credit": "sequence",
+        "kl_baseline": picked.kl_spec().baseline,
+    }
+    assert make(config, kl="reverse_kl", kl_off_policy="prefix", kl_baseline=None).kl_spec() == (
+        make(config, kl="k1_in_reward", kl_off_policy="prefix", kl_baseline=None).kl_spec()
+    )
+    assert make(config, kl="reverse_kl", kl_credit="token").kl_spec().gradient_of == "local_reverse_kl"
 
 
 @BOTH

@@ -43,7 +43,7 @@ def wanted(trainer, batch, reduce, spec):
 @pytest.mark.parametrize("cls", TRAINERS)
 def test_refused_or_in_the_loss_and_trained(make_trainer, covers, cls, name):
     covers("trl", cls.__name__, name)
-    alone = {"kl_baseline": None} if cls is RLOOTrainer else {}  # RLOO's is the leave-one-out one
+    alone = {"kl_baseline": None}  # `wanted` takes a batch without its groups
     options = CONFIGURATIONS[name] | alone | {"num_iterations": 2, "max_steps": 4, "steps_per_generation": 1}
     if name in REFUSED:
         with pytest.raises(ConfigError, match=r"expected gradient is (zero|biased)"):
