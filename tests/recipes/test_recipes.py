@@ -46,6 +46,7 @@ def test_all_are_tested_here():
     elsewhere = ["openrlhf.sh", "ppo.py", "scoreboard/scoreboard.py"]
     parts = ["benchmarks/harness.py", "openrlhf_cpu/shim.py", "openrlhf_cpu/sitecustomize.py"]
     parts += [f"evidence/{name}.py" for name in ("intervals", "openrlhf_host", "runs", "tables")]
+    parts += [f"evidence/{name}.py" for name in ("markov_model", "ppo_trainer", "trl_regimes", "trl_trainers")]
     parts += [f"scoreboard/{name}.py" for name in ("frameworks", "language_model", "pages", "worker")]
     found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.[ps][yh]")]
     assert sorted(found) == sorted(here + elsewhere + parts)
