@@ -10,15 +10,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kl_plugins.audit.configurations import Coefficients, Configuration, Tokens
-from kl_plugins.audit.data import Rollouts
-from kl_plugins.audit.gradients import ScoredCompletions, TermGradients, target_gradients, term_gradients
+from kl_plugins.audit.configurations import Coefficients, Configuration, Tokens, reward_configuration
+from kl_plugins.audit.data import Prompt, Rollouts
+from kl_plugins.audit.gradients import (
+    ScoredCompletions,
+    TermGradients,
+    target_gradients,
+    term_gradients,
+    whole_gradients,
+)
+from kl_plugins.audit.objective import Objective
 from kl_plugins.audit.sketch import Sketch
 from kl_plugins.audit.statistics import Resampled, target_statistics, term_statistics
 from kl_plugins.core.estimators import k1, k2, k3
 
 # A coefficient of 0 is a dead one if the log-ratio (nats) is further from 0 than float32's rounding.
 DEAD_BEYOND = 1e-6
+# Policy and reference are the same if no log-ratio (nats) is larger: rounding of logits that are themselves some 10.
+SAME_WITHIN = 1e-5
 
 
 class Model(Protocol):
@@ -106,17 +115,31 @@ class TokenCounts:
 class Collected:
     """The gradients and counts of all prompts that were measured so far."""
 
-    def __init__(self, configurations: Sequence[Configuration], *, asked: int, resamples: int, seed: int) -> None:
-        self.configurations = list(configurations)
+    def __init__(
+        self,
+        configurations: Sequence[Configuration],
+        *,
+        asked: int,
+        resamples: int,
+        seed: int,
+        objective: Objective | None = None,
+    ) -> None:
+        self.configurations = [c for c in configurations if c.pointwise is not None]
+        """Those that have a gradient of one completion; the others are judged in the whole gradient only."""
+        self.all_configurations = [*self.configurations, *(c for c in configurations if c.pointwise is None)]
+        self.objective = objective
+        """What the whole gradient is that of; None: there are no rewards."""
         self.asked = asked
         """Prompts that were to be measured."""
-        self.counts = [TokenCounts() for _ in configurations]
+        self.counts = [TokenCounts() for _ in self.configurations]
         self.sampled = Resampled(resamples=resamples, seed=seed)
         """The configurations' gradients as training gets them, for their variance."""
         self.expected = Resampled(resamples=resamples, seed=seed + 1)
         """The configurations' gradients, the noise within a step averaged out where that can be, for their mean."""
         self.targets = Resampled(resamples=resamples, seed=seed + 2)
         """The gradients of `TARGETS`, from other completions."""
+        self.whole = Resampled(resamples=resamples, seed=seed + 3, prompts_vary=True)
+        """The whole gradients of groups: of the reward alone, then with each of `all_configurations`."""
         self.sums: dict[str, float] = {}
         """Over the tokens audited: `tokens`, `completions`, `k1`, `k2`, `k3`, `exact_kl`; `lowest` and `highest`
         log-ratio."""
@@ -133,6 +156,11 @@ class Collected:
     def complete(self) -> bool:
         """Whether every prompt that was asked for was measured."""
         return self.prompts == self.asked
+
+    @property
+    def policy_is_reference(self) -> bool:
+        """Whether no sampled token's log-ratio is further from 0 than rounding."""
+        return max(abs(self.sums["lowest"]), abs(self.sums["highest"])) <= SAME_WITHIN
 
     def statistics(self, *, batch: int = 64) -> dict[str, Any]:
         """`targets` and `rows`, as plain data; `batch`: completions that the mean squared error is stated for."""
@@ -154,7 +182,7 @@ class Collected:
 
 def collect(
     model: Model,
-    units: Sequence[Any],
+    units: Sequence[Prompt | Rollouts],
     configurations: Sequence[Configuration],
     *,
     completions: int,
@@ -162,6 +190,8 @@ def collect(
     max_new_tokens: int,
     batch: int,
     sketch: Sketch,
+    objective: Objective | None = None,
+    rewards: Callable[[Rollouts], list[float]] | None = None,
     resamples: int = 200,
     seed: int = 0,
     done: Callable[[int], None] = lambda prompts: None,
@@ -170,24 +200,30 @@ def collect(
 
     Args:
         units: `Rollouts` to audit, or prompts, for which `completions` are drawn from the policy.
+        configurations: Those without `pointwise` need an `objective`.
         target_completions: Drawn from the policy besides, per prompt, for the targets.
         batch: Completions in a forward pass. Memory: about 50 bytes times these, their tokens and the vocabulary.
-        resamples: For the intervals; memory: resamples x configurations x size of the sketch x 4 bytes.
+        objective: Of what the whole gradients are judged as well; each prompt's completions must be two of its groups
+            or more, and what is over is left out.
+        rewards: Those of the completions; needed by `objective`.
+        resamples: For the intervals; memory: resamples x configurations x size of the sketch x 4 bytes, twice that
+            with an objective.
         seed: Of the resampling.
         done: Told how many prompts are finished.
 
     Raises `ValueError` for log-probs that aren't finite, and what `model` raises.
     """
-    found = Collected(configurations, asked=len(units), resamples=resamples, seed=seed)
+    found = Collected(configurations, asked=len(units), resamples=resamples, seed=seed, objective=objective)
     started = time.perf_counter()
     try:
         for index, unit in enumerate(units):
-            rollouts = unit if isinstance(unit, Rollouts) else None
-            prompt = model.prompt_ids(rollouts.prompt if rollouts else unit)
-            count = target_completions + (0 if rollouts else completions)
+            prompt = model.prompt_ids(unit.prompt)
+            count = target_completions + (completions if isinstance(unit, Prompt) else 0)
             drawn = model.sample(prompt, count, max_new_tokens=max_new_tokens)
-            if rollouts is None:
-                rollouts = Rollouts(prompt=unit, completions=drawn[target_completions:])
+            rollouts = unit if isinstance(unit, Rollouts) else unit.drawn(drawn[target_completions:])
+            if objective is not None and rewards is not None:
+                rollouts = rollouts.first(len(rollouts.completions) // objective.group_size * objective.group_size)
+                rollouts = replace(rollouts, rewards=rewards(rollouts))
             _measure(found, model, prompt, rollouts, drawn[:target_completions], batch, sketch, index)
             done(index + 1)
     except KeyboardInterrupt:
@@ -209,25 +245,45 @@ def _measure(
     """Measure one prompt. Nothing is added to `found` unless all of it was measured."""
     found_here: list[TermGradients] = []
     total = found.asked * sum(map(len, rollouts.completions))  # about as many tokens as will be audited
+    judged, rewards, size = list(found.all_configurations), None, None
+    if found.objective is not None:
+        judged.append(reward_configuration(found.objective))
+        rewards = torch.tensor(rollouts.rewards, dtype=torch.float64)
+        size = found.objective.group_size
+        batch = max(batch // size, 1) * size
+    done = 0
     try:
         targets = [target_gradients(scored, sketch).cpu() for scored in model.score(prompt, target, batch=batch)]
         for scored in model.score(prompt, rollouts.completions, rollouts.behavior_logp, batch=batch):
             if rollouts.by_engine:
                 scored = replace(scored, host_behavior_logp=None)
-            found_here.append(term_gradients(found.configurations, scored, sketch, rare=1 / total))
+            here = None if rewards is None else rewards[done : done + len(scored.tokens)].to(scored.logits.device)
+            done += len(scored.tokens)
+            found_here.append(term_gradients(judged, scored, sketch, rare=1 / total, rewards=here, group_size=size))
     except ValueError as error:
         raise ValueError(f"prompt {index + 1}: {error}") from error
+    sampled = torch.cat([gradients.sampled.cpu() for gradients in found_here], dim=1)
+    count = len(found.configurations)
     more = (
-        found.sampled.plus(torch.cat([gradients.sampled.cpu() for gradients in found_here], dim=1)),
-        found.expected.plus(torch.cat([gradients.expected.cpu() for gradients in found_here], dim=1)),
+        found.sampled.plus(sampled[:count]),
+        found.expected.plus(torch.cat([gradients.expected[:count].cpu() for gradients in found_here], dim=1)),
         found.targets.plus(torch.cat(targets, dim=1)),
+        found.whole.plus(_whole(found, sampled)) if found.objective else found.whole,
     )
-    found.sampled, found.expected, found.targets = more  # at once: an interruption must not split a prompt
+    # At once: an interruption must not split a prompt.
+    found.sampled, found.expected, found.targets, found.whole = more
     for gradients in found_here:
-        for counts, one, unseen in zip(found.counts, gradients.coefficients, gradients.unseen.tolist(), strict=True):
+        of_one = (found.counts, gradients.coefficients[:count], gradients.unseen[:count].tolist())
+        for counts, one, unseen in zip(*of_one, strict=True):
             counts.add(one, gradients.tokens, unseen)
         _add_tokens(found.sums, gradients.tokens)
     found.forward_tokens += sum(len(prompt) + len(ids) for ids in (*target, *rollouts.completions))
+
+
+def _whole(found: Collected, sampled: Tensor) -> Tensor:
+    assert found.objective is not None
+    shrinks = [c.shrink(found.objective.group_size) for c in found.all_configurations]
+    return whole_gradients(sampled, shrinks, found.objective)
 
 
 def _add_tokens(sums: dict[str, float], tokens: Tokens) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.audit.configurations import Coefficients, Configuration, Pointwise, Tokens
+from kl_plugins.audit.objective import Objective
 from kl_plugins.audit.sketch import Sketch
 from kl_plugins.core.terms import assign_credit
 
@@ -102,8 +103,8 @@ class TermGradients:
     sampled: Tensor
     """(C, B, K): as training gets it."""
     expected: Tensor
-    """(C, B, K) of the same mean, with less noise: on-policy the average over every next token at each prefix, as in
-    `target_gradients`; off-policy what a control variate leaves (see `_control`)."""
+    """(C, B, K) of the same mean, with less noise where there is a `pointwise`: on-policy the average over every next
+    token at each prefix, as in `target_gradients`; off-policy what a control variate leaves (see `_control`)."""
     unseen: Tensor
     """(C, 4) sums over prefixes: of E|coefficient|, the part of it on tokens rarer than `rare`, 1, and those tokens'
     probability. 0 where no next token is drawn."""
@@ -113,9 +114,15 @@ class TermGradients:
 
 @torch.no_grad()
 def term_gradients(
-    configurations: Sequence[Configuration], scored: ScoredCompletions, sketch: Sketch, *, rare: float
+    configurations: Sequence[Configuration],
+    scored: ScoredCompletions,
+    sketch: Sketch,
+    *,
+    rare: float,
+    rewards: Tensor | None = None,
+    group_size: int | None = None,
 ) -> TermGradients:
-    """The gradients of each configuration's term on a micro-batch."""
+    """The gradients of each configuration's term on a micro-batch; of whole groups if `group_size` is given."""
     exact = _Exact(scored)
     _require_finite(exact, scored)
     tokens = Tokens(
@@ -125,6 +132,8 @@ def term_gradients(
         behavior_logp=scored.behavior_logp,
         host_behavior_logp=scored.host_behavior_logp,
         kl=exact.kl,
+        rewards=rewards,
+        group_size=group_size,
     )
     found = [configuration.coefficients(tokens) for configuration in configurations]
     of_score, of_local = (
@@ -140,7 +149,7 @@ def term_gradients(
     expected, unseen = sampled.clone(), sampled.new_zeros(len(found), 4)
     rarely = (exact.p < rare) & scored.mask[..., None]
     probability = torch.stack([scored.mask.sum(), exact.p[rarely].sum()])
-    for pointwise in {c.pointwise for c in configurations}:
+    for pointwise in {c.pointwise for c in configurations if c.pointwise is not None}:
         p_times_k, mean = exact.averaged(pointwise)
         rows = [i for i, c in enumerate(configurations) if c.pointwise is pointwise]
         size = p_times_k.abs() * scored.mask[..., None]
@@ -156,6 +165,21 @@ def term_gradients(
             if not configurations[i].analytic:
                 expected[i] += torch.einsum("bt,btk->bk", before, local)
     return TermGradients(sampled=sampled, expected=expected, unseen=unseen, coefficients=found, tokens=tokens)
+
+
+def whole_gradients(sampled: Tensor, shrinks: list[float], objective: Objective) -> Tensor:
+    """(C + 1, B / G, K) whole gradients of each group, first that of the reward alone.
+
+    Args:
+        sampled: (C + 1, B, K), of C KL terms and then of the reward, for each completion.
+        shrinks: For each term what its expected gradient is multiplied with.
+        objective: beta and G are read.
+    """
+    terms, reward = sampled[:-1], sampled[-1:]
+    betas = torch.tensor([objective.beta / shrink for shrink in shrinks], dtype=sampled.dtype, device=sampled.device)
+    whole = torch.cat([reward, reward + betas[:, None, None] * terms])
+    groups: Tensor = whole.unflatten(1, (-1, objective.group_size)).mean(2)
+    return groups
 
 
 def _control(tokens: Tokens, configuration: Configuration, drawn: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

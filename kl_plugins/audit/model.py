@@ -93,6 +93,10 @@ class Pair:
             raise ConfigError(f"prompt {prompt!r} has {'an unknown token' if ids else 'no token'}: leave it out")
         return ids
 
+    def texts(self, completions: Sequence[list[int]]) -> list[str]:
+        """The texts of token ids, special tokens left out."""
+        return list(self.tokenizer.batch_decode(completions, skip_special_tokens=True))
+
     @torch.no_grad()
     def sample(self, prompt: list[int], count: int, *, max_new_tokens: int) -> list[list[int]]:
         """`count` completions of a prompt, drawn from the policy's distribution as it is, up to and with the end."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kl_plugins.audit import whole_page
+from kl_plugins.audit.dots import draw_dots, kind, legend
 from kl_plugins.audit.statistics import RESOLVED
 from kl_plugins.report.page import (
-    INK,
     Picture,
     Section,
     Table,
@@ -30,7 +31,6 @@ DIVERGENCES = {
 }
 # A row whose expected |coefficient| rests on tokens this rare by more than this share has tails that were not drawn.
 HEAVY = 0.1
-KINDS = {"kl_plugins": "blue", "kl_plugins, refused": "red", "a host's own": "gold"}
 
 
 def audit_page(result: dict[str, Any]) -> str:
@@ -49,24 +49,23 @@ def audit_page(result: dict[str, Any]) -> str:
         ("reverse_kl", "Against the KL of whole completions"),
         ("local_reverse_kl", "Against the next-token KLs"),
     ]
-    sections = [
+    judged = [whole_page.whole_gradient(result)] if result["whole"] else []
+    of_kl = [
         _summary(result),
         *(_against(result, of, title) for of, title in against),
         _tokens(rows, data),
         _targets(result),
+    ]
+    sections = [
+        whole_page.recommended(result),
+        *judged,
+        *([] if data["policy_is_reference"] else of_kl),
         _origins(result),
         _meaning(result),
         Section(title="How this was made", tables=[_provenance(result)]),
     ]
     title = "KL gradient audit" + ("" if result["status"] == "complete" else " (partial)")
     return render(title=title, lead=lead, sections=sections, notices=notices)
-
-
-def kind(row: Row) -> str:
-    """Whether a row is a host's own term, one of kl_plugins', or one that kl_plugins refuses."""
-    if not row["gradient_of"]:
-        return "a host's own"
-    return "kl_plugins, refused" if row["refused"] else "kl_plugins"
 
 
 def _summary(result: dict[str, Any]) -> Section:
@@ -81,9 +80,10 @@ def _summary(result: dict[str, Any]) -> Section:
     return Section(
         title="Does each term have the gradient that is declared for it?",
         text=[
+            whole_page.NOT_THE_AIM,
             "“Yes” means that no difference was seen at this sample size: with 95% confidence it is below the "
             f"distance that is given; if that is above {RESOLVED}, nothing can be told. Distances are relative to the "
-            "norm of the divergence's gradient: 1 is as far off as adding nothing at all."
+            "norm of the divergence's gradient: 1 is as far off as adding nothing at all.",
         ],
         tables=[
             Table(
@@ -163,48 +163,21 @@ def _against(result: dict[str, Any], of: str, title: str) -> Section:
                     log=True,
                 )
             )
-    legend = [(name, colour, "solid") for name, colour in KINDS.items() if any(kind(row) == name for row in rows)]
-    return Section(title=title, text=text, legend=legend if pictures else (), pictures=pictures, tables=[table])
+    return Section(title=title, text=text, legend=legend(rows) if pictures else (), pictures=pictures, tables=[table])
 
 
 def _dots(
     rows: Sequence[Row], found: Sequence[dict[str, Any]], *, name: str, label: str, alt: str, log: bool
 ) -> Picture:
-    limit = 1.6
-
-    def draw(axis: Any) -> None:
-        for y, (row, numbers) in enumerate(zip(rows, found, strict=True)):
-            colour, value = INK[KINDS[kind(row)]], numbers["value"]
-            if value is None:
-                continue
-            low, high = (value if numbers[end] is None else numbers[end] for end in ("low", "high"))
-            if not log:
-                low, value, high = (max(0.0, x) for x in (low, value, high))
-            if not log and value > limit:
-                axis.annotate(f"{value:.1f} →", (limit, y), ha="right", va="center", color=colour)
-                continue
-            axis.plot([low, high if log else min(high, limit)], [y, y], color=colour, linewidth=1.6)
-            axis.plot([value], [y], "o", color=colour, markersize=4.5)
-        axis.set_yticks(range(len(rows)), [row["label"] for row in rows])
-        axis.tick_params(axis="y", length=0)
-        axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.grid(axis="x")
-        axis.spines["left"].set_visible(False)
-        axis.set_xlabel(label, loc="right")
-        if log:
-            axis.set_xscale("log")
-            axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-            axis.xaxis.set_minor_formatter(lambda x, _: "")
-        else:
-            axis.set_xlim(-0.04, limit)
-            axis.axvline(1.0, color=INK["frame"], linewidth=0.8, linestyle=(0, (3, 3)))
-            axis.axvline(0.0, color=INK["frame"], linewidth=0.8)
-
     caption = (
         label[0].upper()
         + label[1:]
         + ("." if log else "; bars are 95% intervals, the dashed line is a term that adds nothing.")
     )
+
+    def draw(axis: Any) -> None:
+        draw_dots(axis, rows, found, label=label, log=log)
+
     return picture(draw, name=name, alt=alt, caption=caption, size=(4.4, 0.75 + 0.18 * len(rows)))
 
 

@@ -30,10 +30,16 @@ Interval = dict[str, float | None]
 
 
 class Resampled:
-    """Means of C gradients over prompts, and those of R resamples of each prompt's completions."""
+    """Means of C gradients over prompts, and those of R resamples of each prompt's completions.
 
-    def __init__(self, *, resamples: int, seed: int) -> None:
+    With `prompts_vary` the resampled variances are those of resampled *prompts*: of few draws per prompt (two groups,
+    whose squared distances from their mean are equal) no resample of the draws shows how uncertain their variance is.
+    """
+
+    def __init__(self, *, resamples: int, seed: int, prompts_vary: bool = False) -> None:
         self.prompts = 0
+        self._prompts_vary = prompts_vary
+        self._weight = torch.zeros(())
         self._resamples = resamples
         self._generator = torch.Generator().manual_seed(seed)
         self._sums = self._squares = torch.zeros(())
@@ -48,7 +54,14 @@ class Resampled:
         more = copy.copy(self)
         more._sums = self._sums + torch.einsum("rn,cnk->rck", weights / count, gradients)
         apart = (gradients - gradients.mean(1, keepdim=True)).square().sum(-1) / (count - 1)
-        more._squares = self._squares + torch.einsum("rn,cn->rc", weights, apart)
+        if self._prompts_vary:
+            own = torch.empty(self._resamples).exponential_(generator=self._generator)
+            own = torch.cat([torch.ones(1), own]).to(apart)
+            more._squares = self._squares + own[:, None] * apart.sum(1)
+        else:
+            own = torch.ones(1 + self._resamples).to(apart)
+            more._squares = self._squares + torch.einsum("rn,cn->rc", weights, apart)
+        more._weight = self._weight + own
         more.prompts = self.prompts + 1
         return more
 
@@ -60,7 +73,7 @@ class Resampled:
     @property
     def variance(self) -> Tensor:
         """(1 + R, C): total variance of a single completion's gradient, its prompt held fixed."""
-        return (self._squares / self.prompts).double()
+        return (self._squares / self._weight[:, None]).double()
 
 
 def squared_norm(mean: Tensor) -> Tensor:
@@ -77,12 +90,12 @@ def standard_error(mean: Tensor) -> float:
     return float((mean[1:].double() - mean[0].double()).square().sum(-1).mean().sqrt())
 
 
-def interval(values: Tensor) -> Interval:
+def interval(values: Tensor, level: float = LEVEL) -> Interval:
     """The first of the (1 + R,) values, and percentiles of the others; None where too many are undefined."""
     point, others = float(values[0]), values[1:][values[1:].isfinite()]
-    if not math.isfinite(point) or len(others) < LEVEL * (len(values) - 1):
+    if not math.isfinite(point) or len(others) < level * (len(values) - 1):
         return {"value": point if math.isfinite(point) else None, "low": None, "high": None}
-    tail = (1 - LEVEL) / 2
+    tail = (1 - level) / 2
     low, high = torch.quantile(others, torch.tensor([tail, 1 - tail], dtype=others.dtype)).tolist()
     return {"value": point, "low": low, "high": high}
 
@@ -140,10 +153,10 @@ def term_statistics(
 
 def _against(mean: Tensor, variance: Tensor, target: Tensor, batch: int) -> dict[str, Any]:
     """Cosine; norm, bias, variance and mean squared error relative to the target's (squared) norm."""
-    own, scale = squared_norm(mean), _positive(squared_norm(target))
+    own, scale = squared_norm(mean), positive(squared_norm(target))
     told_from_zero = (interval(own)["low"] or 0.0) > max(0.0, ROUNDING**2 * float(scale[0]))
     bias = squared_norm(mean - target) / scale
-    cosine = (mean.double() * target).sum(-1) / (_positive(own) * scale).sqrt()
+    cosine = (mean.double() * target).sum(-1) / (positive(own) * scale).sqrt()
     return {
         "cosine": cosine_interval(cosine if told_from_zero else cosine * torch.nan),
         "norm_ratio": interval(signed_root(own / scale)),
@@ -162,7 +175,7 @@ def _own_name(mean: Tensor, gradient_of: str, targets: dict[str, Tensor]) -> dic
         return None
     apart = mean - targets[gradient_of] if gradient_of in targets else mean
     scale = squared_norm(targets[gradient_of if gradient_of in targets else "reverse_kl"])
-    bias = interval(signed_root(squared_norm(apart) / _positive(scale)))
+    bias = interval(signed_root(squared_norm(apart) / positive(scale)))
     low, high = bias["low"], bias["high"]
     seen = None
     if low is not None and high is not None and (low > ROUNDING or high <= RESOLVED):
@@ -170,9 +183,18 @@ def _own_name(mean: Tensor, gradient_of: str, targets: dict[str, Tensor]) -> dic
     return {"of": gradient_of, "bias": bias, "seen": seen}
 
 
-def _positive(values: Tensor) -> Tensor:
+def positive(values: Tensor) -> Tensor:
     """NaN where a squared norm isn't above 0: nothing can be divided by it."""
     return torch.where(values > 0, values, torch.nan)
 
 
-__all__ = ["Resampled", "interval", "squared_norm", "standard_error", "target_statistics", "term_statistics"]
+__all__ = [
+    "Resampled",
+    "interval",
+    "positive",
+    "signed_root",
+    "squared_norm",
+    "standard_error",
+    "target_statistics",
+    "term_statistics",
+]

@@ -43,10 +43,29 @@ def audit(
     vllm: Annotated[
         bool, typer.Option("--vllm", help="Draw what is audited with vLLM, off-policy by its own log-probs.")
     ] = False,
+    reward_column: Annotated[
+        str, typer.Option(help="Where --rollouts hold rewards: judge the whole gradient, of reward and KL.")
+    ] = "",
+    reward: Annotated[
+        str, typer.Option(help="Instead: a reward function as TRL calls it, package.module:name or file.py:name.")
+    ] = "",
+    beta: Annotated[float, typer.Option(help="What a nat of KL costs in the whole gradient.")] = 0.04,
+    trainer: Annotated[
+        str, typer.Option(help="grpo or rloo: how rewards are baselined, what is recommended.")
+    ] = "grpo",
+    num_generations: Annotated[
+        int | None, typer.Option(help="Completions that are baselined together; by default half of a prompt's.")
+    ] = None,
+    scale_rewards: Annotated[
+        str | None, typer.Option(help="none or group, as in TRL; by default the trainer's own: group in GRPO.")
+    ] = None,
     hosts: Annotated[bool, typer.Option(help="Run the KL terms of TRL, OpenRLHF and verl, too.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for audit.html and audit.json.")] = Path("audit"),
 ) -> None:
-    """Measure the KL gradients' bias and variance on your models.
+    """Measure on your models which KL gives training the best gradient.
+
+    With rewards: how far a batch's gradient of E[R] - beta KL is off with each KL term. In any case: the bias and
+    variance of the KL's gradient by itself, and a line to paste.
 
     That is on your own policy, reference and prompts: of every configuration of kl_plugins, and of what the
     installed hosts do themselves, against the gradients of the KL of whole completions and of the next-token KLs.
@@ -88,8 +107,41 @@ def audit(
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
-    """The summary in the terminal."""
+    """The summary in the terminal; it ends with the line to paste."""
+    if result["whole"]:
+        _show_whole(console, result)
+    if not result["data"]["policy_is_reference"]:
+        _show_kl(console, result)
+    for line in (*result["notices"], *result["left_out"]):
+        paragraph(console, line)
+    console.print()
+    paragraph(console, result["recommended"]["why"])
+    unwrapped(console, result["recommended"]["line"])
+
+
+def _show_whole(console: Console, result: dict[str, Any]) -> None:
+    from kl_plugins.audit import whole_page
+    from kl_plugins.report.page import compact, fixed, with_interval
+
+    whole, batch = result["whole"], result["data"]["mse_batch"]
+    styles = {"better": "green", "worse": "red"}
+    table = word_table("KL term", "squared error / reverse_kl's", "verdict", "/ gradient²")
+    for column in (table.columns[1], table.columns[3]):
+        column.justify = "right"
+    for row in sorted(whole["rows"], key=lambda row: (row["ratio"]["value"] is None, row["ratio"]["value"])):
+        word = "= reverse_kl" if row["picked"] else whole_page.verdict(row)
+        ratio = with_interval(row["ratio"], fixed)
+        table.add_row(Text(row["label"]), ratio, Text(word, styles.get(word, "")), compact(row["error"]["value"]))
+    for line in (whole_page.judged(whole, batch), whole_page.alone(whole), *whole_page.told_from_zero(whole)):
+        paragraph(console, line)
+    console.print()
+    print_table(console, table)
+    console.print()
+
+
+def _show_kl(console: Console, result: dict[str, Any]) -> None:
     from kl_plugins.audit.pages import size
+    from kl_plugins.audit.whole_page import NOT_THE_AIM
 
     said = {None: Text("?"), True: Text("no", style="red"), False: Text("yes", style="green")}
     table = word_table("term", "declared", "found", "whole", "local", "dead")
@@ -102,12 +154,11 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         table.add_row(*words, said[own["seen"]] if own else "", *sizes, f"{row['dead']:.1%}")
     paragraph(
         console,
-        "The gradient of each KL term: its distance from that of the KL of whole completions (whole) and from that of "
-        "the next-token KLs (local), relative to their norm; whether it is the declared one (found); the share of "
-        "tokens at which it is exactly 0 though the policy has left the reference (dead).",
+        "The gradient of each KL term by itself: its distance from that of the KL of whole completions (whole) and "
+        "from that of the next-token KLs (local), relative to their norm; whether it is the declared one (found); the "
+        "share of tokens at which it is exactly 0 though the policy has left the reference (dead).",
     )
+    paragraph(console, NOT_THE_AIM)
     console.print()
     print_table(console, table)
     console.print()
-    for line in (*result["notices"], *result["left_out"]):
-        paragraph(console, line)

@@ -123,21 +123,21 @@ def optimum(problem: Problem) -> tuple[Tensor, float]:
     return torch.stack(steps[::-1]), value[0].item()
 
 
-def reward_and_kl(logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """() E[R] and () KL to the reference, in nats, of (T, V, V) logits: exact, and differentiable."""
+def reward_and_kl(logits: Tensor, problem: Problem) -> tuple[float, float]:
+    """E[R] and the KL to the reference, in nats, of the policy with these (T, V, V) logits; exact."""
     logp = logits.log_softmax(-1)
     probability = logp.exp()
     reward = kl = torch.zeros_like(logp[0, 0])
     for t in reversed(range(len(logp))):
         reward = (probability[t] * (problem.reward[t] + reward)).sum(-1)
         kl = (probability[t] * (logp[t] - problem.reference[t] + kl)).sum(-1)
-    return reward[0], kl[0]
+    return reward[0].item(), kl[0].item()
 
 
 def share(logits: Tensor, problem: Problem) -> float:
     """Of the attainable E[R] - beta KL, by the policy with these (T, V, V) logits: 0 the reference, 1 the optimum."""
     (reward, kl), (start, _) = reward_and_kl(logits, problem), reward_and_kl(problem.reference, problem)
-    return ((reward - problem.beta * kl - start) / (optimum(problem)[1] - start)).item()
+    return (reward - problem.beta * kl - start) / (optimum(problem)[1] - start)
 
 
 Term = KLSpec | Subject | InReward | None
@@ -197,8 +197,9 @@ def train_all(
     """
     _check(problems, batch, group_size, baseline, scale, kl_scale)
     generators = [torch.Generator().manual_seed(1000 + seed) for seed in seeds]
-    run = _Run(term, problems, batch, group_size, clip_epsilon)
-    logits = (run.reference if start is None else torch.stack(list(start))).log_softmax(-1)
+    reference, reward = (torch.stack([getattr(each, name) for each in problems]) for name in ("reference", "reward"))
+    run = _Run(term, reference, reward, problems[0].beta, batch, group_size, clip_epsilon)
+    logits = (reference if start is None else torch.stack(list(start))).log_softmax(-1)
     off = torch.stack(
         [engine_noise * torch.randn(logits[0].shape, dtype=logits.dtype, generator=g) for g in generators]
     )
@@ -217,33 +218,8 @@ def train_all(
     return [_judge(*each) for each in zip(problems, logits, largest.tolist(), strict=True)]
 
 
-def gradients(
-    term: Term,
-    problem: Problem,
-    policy: Tensor,
-    *,
-    seeds: Sequence[int],
-    batch: int = 64,
-    group_size: int = 8,
-    baseline: str = "leave_one_out",
-) -> Tensor:
-    """(S, T, V, V) gradients of reward and KL together at a policy, one for each seed: what on-policy training gets.
-
-    Their mean estimates that of -E[R] + beta KL with respect to the (T, V, V) logits `policy`, of which
-    `reward_and_kl` gives the exact value (with `baseline="group_mean"` 1 - 1/G of it); their spread is the noise.
-    Other arguments and errors are those of `train_all`.
-    """
-    problems = [problem] * len(seeds)
-    _check(problems, batch, group_size, baseline, "none", "none")
-    run = _Run(term, problems, batch, group_size, epsilon=0.2)
-    logits = policy.log_softmax(-1).expand(len(seeds), *policy.shape)
-    rollout = run.roll_out(logits, None, [torch.Generator().manual_seed(1000 + seed) for seed in seeds])
-    advantage = run.advantages(rollout, baseline, torch.ones_like(rollout.outcome))
-    return run.gradient(logits, rollout, advantage, torch.full_like(rollout.outcome, run.beta)[:, None])
-
-
 def _judge(problem: Problem, logits: Tensor, largest: float) -> Trained:
-    reward, kl = (x.item() for x in reward_and_kl(logits, problem))
+    reward, kl = reward_and_kl(logits, problem)
     hacks = logits[0, 0].softmax(-1)[0].item()
     return Trained(reward=reward, kl=kl, share=share(logits, problem), largest_gradient=largest, hacks=hacks)
 
@@ -286,10 +262,10 @@ def _deviation(outcome: Tensor, group_size: int) -> Tensor:
 class _Run:
     """S runs of one term side by side; their tables are (S, T, V, V)."""
 
-    def __init__(self, term: Term, problems: Sequence[Problem], batch: int, group_size: int, epsilon: float):
-        self.term, self.beta = term, problems[0].beta
-        self.reference = torch.stack([each.reference for each in problems])
-        self.reward = torch.stack([each.reward for each in problems])
+    def __init__(
+        self, term: Term, reference: Tensor, reward: Tensor, beta: float, batch: int, group_size: int, epsilon: float
+    ):
+        self.term, self.reference, self.reward, self.beta = term, reference, reward, beta
         self.batch, self.group_size, self.epsilon = batch, group_size, epsilon
         self.inside = term if isinstance(term, KLSpec) and term.clip == "combined" else None
         self.beside = from_spec(term) if isinstance(term, KLSpec) and not self.inside else term
@@ -380,7 +356,6 @@ __all__ = [
     "Problem",
     "Trained",
     "dense",
-    "gradients",
     "hackable",
     "optimum",
     "reward_and_kl",

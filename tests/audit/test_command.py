@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -100,6 +101,13 @@ def test_rollouts_of_another_policy_are_audited_off_policy(folders, tmp_path, pa
         (["--rollouts", "r", "--vllm"], "--vllm draws completions, but --rollouts has them already"),
         (["--prompts", "p", "--dtype", "int8"], "--dtype int8: choose from float32"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl can't be read"),
+        (["--prompts", "p", "--reward-column", "r"], "--reward-column r: only saved rollouts have rewards already"),
+        (["--rollouts", "r", "--reward-column", "r", "--reward", "m:f"], "both of --reward and --reward-column"),
+        (["--prompts", "p", "--beta", "0"], "--beta 0.0: a positive number"),
+        (["--prompts", "p", "--trainer", "ppo"], "--trainer ppo: choose from grpo, rloo"),
+        (["--prompts", "p", "--scale-rewards", "batch"], "--scale-rewards batch: choose from none, group"),
+        (["--prompts", "p", "--trainer", "rloo", "--scale-rewards", "group"], "--scale-rewards group is GRPO's"),
+        (["--prompts", "p", "--num-generations", "1"], "--num-generations 1: at least 2"),
     ],
 )
 def test_bad_options_are_refused(folders, arguments, says):
@@ -179,6 +187,90 @@ def test_without_matplotlib_the_page_has_its_tables(folders, tmp_path, monkeypat
     page = (tmp_path / "audit.html").read_text()
     assert "<svg" not in page
     assert "pip install &#39;kl_plugins[plot]&#39;" in page
+
+
+def test_with_a_reward_function_the_whole_is_judged_and_a_line_to_paste_ends_it(folders, tmp_path):
+    (tmp_path / "rewards.py").write_text("def length(completions, **_):\n    return [len(c) for c in completions]\n")
+    prompts = lines(tmp_path / "prompts.jsonl", *({"prompt": p} for p in PROMPTS * 2))
+    arguments = ["--prompts", prompts, "--no-hosts", "--completions", 9, "--batch", 3, "--beta", 0.2]
+    said = invoke(
+        folders, *arguments, "--reward", f"{tmp_path / 'rewards.py'}:length", "--trainer", "rloo", out=tmp_path
+    )
+    found = strict(tmp_path / "audit.json")
+    whole = found["whole"]
+    assert (whole["trainer"], whole["beta"], whole["num_generations"]) == ("rloo", 0.2, 4)
+    assert found["data"]["completions"] == 8 * 8  # the ninth of each prompt is in no group
+    assert [row["label"] for row in whole["rows"] if row["picked"]] == ["k1_in_reward sequence, leave_one_out"]
+    assert all(row["error"]["value"] > 0 for row in whole["rows"])
+    page = (tmp_path / "audit.html").read_text()
+    line = found["recommended"]["line"]
+    assert line.startswith("RLOOConfig(..., beta=0.2, kl=")
+    assert html.escape(line, quote=True).replace("&quot;", "&#34;") in page
+    assert "The whole gradient, of reward and KL</h2>" in page
+    text = said.split("wrote ")[0].rstrip().splitlines()
+    assert text[-1] == line
+    assert "The error of the KL's gradient by itself is not the aim." in said
+
+
+def test_saved_rewards_are_judged_off_policy_too(folders, tmp_path, pair):
+    torch.manual_seed(0)
+    rows = []
+    for prompt in PROMPTS * 2:
+        for completion in pair.sample(pair.prompt_ids(prompt), 4, max_new_tokens=5):
+            rows.append({"prompt": prompt, "completion_ids": completion, "behavior_logp": [-1.0] * len(completion)})
+            rows[-1]["score"] = len(completion)
+    path = lines(tmp_path / "rollouts.jsonl", *rows)
+    invoke(folders, "--rollouts", path, "--reward-column", "score", "--no-hosts", out=tmp_path)
+    rows = strict(tmp_path / "audit.json")["whole"]["rows"]
+    assert [row["label"] for row in rows if row["picked"]] == ["k1_in_reward sequence, group_mean, token"]
+    assert "k1_in_reward sequence, group_mean, prefix" in [row["label"] for row in rows]
+    assert "k1_in_reward sequence, group_mean, none" not in [row["label"] for row in rows]
+
+
+def test_too_few_completions_for_two_groups_are_refused(folders, tmp_path):
+    (tmp_path / "rewards.py").write_text("def f(completions):\n    return [0.0 for _ in completions]\n")
+    arguments = ["--prompts", folders / "prompts.jsonl", "--no-hosts", "--reward", f"{tmp_path / 'rewards.py'}:f"]
+    says = "two groups of 2 completions of each prompt, found 2 completions of one: give more (--completions)"
+    assert says in invoke(folders, *arguments, code=2)
+    more = ["--completions", 8, "--num-generations", 8]
+    says = "two groups of 8 completions of each prompt, found 8 completions of one: give more or a smaller"
+    assert says in invoke(folders, *arguments, *more, code=2)
+
+
+def test_without_rewards_it_is_said_what_is_missing(folders, tmp_path):
+    said = invoke(folders, "--prompts", folders / "prompts.jsonl", "--no-hosts", out=tmp_path)
+    assert "give rewards with --reward-column (of saved rollouts) or --reward (a function)" in said
+    found = strict(tmp_path / "audit.json")
+    assert found["whole"] is None
+    assert found["recommended"]["line"] == 'GRPOConfig(..., beta=0.04, kl="reverse_kl")'
+
+
+@pytest.mark.parametrize("rewarded", [False, True])
+def test_a_policy_that_is_the_reference_gets_a_sentence_instead_of_dashes(folders, tmp_path, rewarded):
+    (tmp_path / "rewards.py").write_text("def length(completions, **_):\n    return [len(c) for c in completions]\n")
+    prompts = lines(tmp_path / "prompts.jsonl", *({"prompt": p} for p in PROMPTS * 2))
+    arguments = ["--reference", folders / "policy", "--prompts", prompts, "--no-hosts", "--completions", 8]
+    arguments += ["--reward", f"{tmp_path / 'rewards.py'}:length"] if rewarded else []
+    said = invoke(folders, *arguments, out=tmp_path)
+    found = strict(tmp_path / "audit.json")
+    page = (tmp_path / "audit.html").read_text()
+    assert found["data"]["policy_is_reference"]
+    for text in (said, page, *found["notices"][:1]):
+        assert "The policy is the reference: every sampled token is as likely under both" in text
+    assert "next-token KLs (local)" not in said
+    assert "Against the KL of whole completions" not in page
+    assert bool(found["whole"]) == rewarded
+    if rewarded:
+        verdicts = {row["label"]: row["verdict"] for row in found["whole"]["rows"]}
+        del verdicts["k1_as_loss token"]  # the only one that has noise where there is no KL
+        assert set(verdicts.values()) == {"tie"}
+
+
+def test_a_policy_that_has_moved_is_not_said_to_be_the_reference(folders, tmp_path):
+    said = invoke(folders, "--prompts", folders / "prompts.jsonl", "--no-hosts", out=tmp_path)
+    assert not strict(tmp_path / "audit.json")["data"]["policy_is_reference"]
+    assert "The policy is the reference" not in said
+    assert "next-token KLs (local)" in said
 
 
 @pytest.mark.vllm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from audit_inputs import lines
 from tiny_trl import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kl_plugins.audit.data import read_prompts, read_rollouts
+from kl_plugins.audit.data import Rollouts, read_prompts, read_rollouts
 from kl_plugins.audit.model import Pair
+from kl_plugins.audit.rewards import load_reward, rewards_of
 from kl_plugins.errors import ConfigError
 
 
@@ -37,7 +39,7 @@ def test_more_prompts_than_asked_for_are_thinned_out_by_seed(tmp_path):
     path = lines(tmp_path / "prompts.jsonl", *({"prompt": str(i)} for i in range(50)))
     first, again, other = (read_prompts(path, "prompt", limit=5, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
-    assert len(set(first)) == 5
+    assert len({found.prompt for found in first}) == 5
     with pytest.raises(ConfigError, match="can't be read"):
         read_prompts(tmp_path / "none.jsonl", "prompt", limit=5, seed=0)
 
@@ -110,3 +112,69 @@ def test_a_prompt_that_leaves_too_few_positions_is_said(pair):
         pair.prompt_ids([99])
     with pytest.raises(ConfigError, match="a prompt is a chat, but the tokenizer can't format it"):
         pair.prompt_ids([{"role": "user", "content": "1+2="}])
+
+
+def test_rewards_are_read_from_their_column_with_what_else_a_row_holds(tmp_path):
+    rows = [GOOD | {"reward": reward, "answer": "3"} for reward in (1, 0.5)]
+    (found,) = read_rollouts(lines(tmp_path / "r.jsonl", *rows), "prompt", limit=9, seed=0, reward_column="reward")
+    assert found.rewards == [1.0, 0.5]
+    assert found.columns[0]["answer"] == "3"
+    assert "prompt" not in found.columns[0]
+    assert found.first(1).rewards == [1.0]
+    for wrong, says in ((None, "'reward' is nothing"), (math.inf, "'reward' is inf"), ("1", "'reward' is '1'")):
+        path = lines(tmp_path / "r.jsonl", GOOD | {"reward": 1}, GOOD | {"reward": wrong})
+        with pytest.raises(ConfigError, match=re.escape(f"line 2: {says}, and a reward is a finite number")):
+            read_rollouts(path, "prompt", limit=9, seed=0, reward_column="reward")
+    with pytest.raises(ConfigError, match="line 1: reward column 'score' was asked for, found 'prompt', "):
+        read_rollouts(path, "prompt", limit=9, seed=0, reward_column="score")
+
+
+def test_a_reward_function_is_called_as_trl_calls_it():
+    rollouts = Rollouts(prompt="1+2=", completions=[[5], [6, 1]], columns=[{"answer": "3"}, {"answer": "4"}])
+    seen = {}
+
+    def everything(**given):
+        seen.update(given)
+        return [1, torch.tensor(0.5)]
+
+    texts = {5: "3", 6: "4"}
+    decode = partial(map, lambda ids: texts.get(ids[0], "?"))
+    assert rewards_of(everything, "f", lambda ids: list(decode(ids)))(rollouts) == [1.0, 0.5]
+    assert seen["prompts"] == ["1+2="] * 2
+    assert seen["completions"] == ["3", "4"]
+    assert seen["completion_ids"] == [[5], [6, 1]]
+    assert seen["answer"] == ["3", "4"]
+    assert {"trainer_state", "log_extra", "log_metric"} < set(seen)
+
+    def few(completions, answer):
+        return [float(a == b) for a, b in zip(completions, answer, strict=True)]
+
+    assert rewards_of(few, "f", lambda ids: list(decode(ids)))(rollouts) == [1.0, 1.0]
+    chat = Rollouts(prompt=[{"role": "user", "content": "1+2="}], completions=[[5]])
+    seen.clear()
+    rewards = rewards_of(lambda completions: [len(completions[0][0]["content"])], "f", lambda ids: list(decode(ids)))
+    assert rewards(chat) == [1.0]
+
+
+@pytest.mark.parametrize("returned", [[1.0], [1.0, None], [1.0, math.nan], ["a", "b"]])
+def test_what_is_not_one_reward_for_each_completion_is_refused(returned):
+    rollouts = Rollouts(prompt="1+2=", completions=[[5], [6, 1]])
+    with pytest.raises(ConfigError, match=r"--reward f was called with 2 completions and returned"):
+        rewards_of(lambda completions: returned, "--reward f", lambda ids: [""] * len(ids))(rollouts)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("reward", "give package.module:function or file.py:function"),
+        ("nowhere.at.all:f", "nowhere.at.all can't be imported"),
+        ("nowhere.py:f", "nowhere.py can't be imported"),
+        ("rewards.py:g", "rewards.py has no function g; it has f"),
+    ],
+)
+def test_a_reward_function_that_is_not_there_is_refused(tmp_path, monkeypatch, name, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("def f(completions):\n    return [0.0 for _ in completions]\n")
+    assert load_reward("rewards.py:f")([1, 2]) == [0.0, 0.0]
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_reward(name)

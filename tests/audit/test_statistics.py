@@ -12,7 +12,7 @@ from kl_plugins import KLSpec, oracle
 from kl_plugins.audit import pages
 from kl_plugins.audit.collect import collect
 from kl_plugins.audit.configurations import own_configurations
-from kl_plugins.audit.data import Rollouts
+from kl_plugins.audit.data import Prompt, Rollouts
 from kl_plugins.audit.gradients import TARGETS
 from kl_plugins.audit.sketch import Sketch
 from kl_plugins.audit.statistics import Resampled, interval, squared_norm, standard_error
@@ -45,7 +45,7 @@ def measured(policies, found, *, units=None, seed=0, prompts=24, completions=8, 
     model = Tabular(sequences, policy, reference, seed=seed)
     return collect(
         model,
-        units(model) if units else [None] * prompts,
+        units(model) if units else [Prompt(prompt=[0])] * prompts,
         found,
         completions=completions,
         target_completions=target_completions,

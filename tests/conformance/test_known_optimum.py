@@ -41,8 +41,8 @@ def test_recursions_agree_with_a_list_of_every_completion(make):
     logits = problem.reference + torch.randn(problem.reference.shape, dtype=torch.float64, generator=generator)
     rows = list(every_completion(problem, logits))
     reward, kl = known.reward_and_kl(logits, problem)
-    assert float(reward) == pytest.approx(float(sum(p * r for p, r, _ in rows)), rel=1e-12)
-    assert float(kl) == pytest.approx(float(sum(p * u for p, _, u in rows)), rel=1e-12)
+    assert reward == pytest.approx(float(sum(p * r for p, r, _ in rows)), rel=1e-12)
+    assert kl == pytest.approx(float(sum(p * u for p, _, u in rows)), rel=1e-12)
 
 
 @pytest.mark.parametrize("make", known.PROBLEMS.values())
@@ -50,7 +50,7 @@ def test_the_optimum_is_worth_what_it_is_said_to_and_tilts_every_completion_alik
     problem = make(length=3, beta=0.4, seed=1)
     policy, value = known.optimum(problem)
     reward, kl = known.reward_and_kl(policy, problem)
-    assert float(reward - problem.beta * kl) == pytest.approx(value, rel=1e-12)
+    assert reward - problem.beta * kl == pytest.approx(value, rel=1e-12)
     assert known.share(policy, problem) == pytest.approx(1.0, rel=1e-12)
     assert known.share(problem.reference, problem) == pytest.approx(0.0, abs=1e-12)
     left = torch.stack([r - problem.beta * u for _, r, u in every_completion(problem, policy)])
@@ -93,39 +93,6 @@ def test_an_exact_kl_trains_as_its_own_gradient_does(problem):
     found = known.train(spec, problem, steps=60)
     assert found == known.train(from_spec(spec), problem, steps=60)
     assert abs(found.share - known.train(KLSpec(name="k2_as_loss"), problem, steps=60).share) < 0.05
-
-
-def squared_bias_over_noise(term, baseline, factor=1.0):
-    """Of the mean of sampled gradients, against `factor` times that of E[R] - beta KL: about 1 if it is unbiased."""
-    problem = known.hackable(length=4, beta=0.3, seed=0, rare=0.1)
-    policy = known.optimum(known.hackable(length=4, beta=0.2, seed=0, rare=0.1))[0].requires_grad_()
-    reward, kl = known.reward_and_kl(policy, problem)
-    (true,) = torch.autograd.grad(problem.beta * kl - reward, policy)
-    found = known.gradients(term, problem, policy.detach(), seeds=range(1000), group_size=4, baseline=baseline)
-    return float((found.mean(0) - factor * true).square().sum() / (found.var(0).sum() / len(found)))
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        SEQUENCE,
-        KLSpec(name="k1_in_reward", baseline="leave_one_out"),
-        KLSpec(name="exact_in_reward", baseline="leave_one_out"),
-    ],
-)
-def test_the_whole_gradient_is_that_of_the_objective(spec):
-    assert squared_bias_over_noise(spec, "leave_one_out") < 2
-
-
-def test_with_the_groups_mean_reward_and_kl_are_shrunk_alike_and_beta_is_kept():
-    spec = KLSpec(name="k1_in_reward", credit="sequence", baseline="group_mean")
-    assert squared_bias_over_noise(spec, "group_mean", 0.75) < 2
-
-
-def test_twins_of_the_whole_gradient():
-    """A term with a local gradient, and a KL that isn't shrunk where the reward is, have another one."""
-    assert squared_bias_over_noise(KLSpec(name="k2_as_loss"), "leave_one_out") > 4
-    assert squared_bias_over_noise(SEQUENCE, "group_mean", 0.75) > 4
 
 
 def rloo(factor=1.0):
