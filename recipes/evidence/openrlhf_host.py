@@ -90,7 +90,7 @@ class Strategy:
     ds_device_mesh: dict = {"dp": SimpleNamespace(get_group=lambda: None)}  # noqa: RUF012
 
     def __init__(self, args):
-        self.args = args
+        self.args, self.grad_norm = args, 0.0
 
     def backward(self, loss, model, optimizer):
         """Gradients."""
@@ -100,7 +100,7 @@ class Strategy:
         """Clip and step, as DeepSpeed would; without an optimizer the gradients stay where they are."""
         if optimizer is None:
             return
-        torch.nn.utils.clip_grad_norm_(model.parameters(), getattr(self.args, name).max_norm)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), getattr(self.args, name).max_norm).item()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -110,8 +110,8 @@ class Strategy:
         return data
 
     def get_grad_norm(self, model):
-        """Not measured."""
-        return 0.0
+        """That of the step before, as it was before clipping."""
+        return self.grad_norm
 
     def is_rank_0(self):
         """No: it would draw progress bars."""
@@ -128,7 +128,10 @@ def optimization(options, model, steps):
 
 
 def actor_trainer(args, model, steps=None):
-    """A real `ActorPPOTrainer` around a causal language model, within `on_cpu()`; without `steps` it makes none."""
+    """A real `ActorPPOTrainer` around a causal language model, within `on_cpu()`, for `steps` rollouts.
+
+    Without `steps` it has no optimizer.
+    """
     from openrlhf.models import Actor
     from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
@@ -136,7 +139,7 @@ def actor_trainer(args, model, steps=None):
     actor.packing_samples = False
     optimizer, scheduler = None, SimpleNamespace(get_last_lr=lambda: [0.0])
     if steps is not None:
-        optimizer, scheduler = optimization(args.actor, actor, steps)
+        optimizer, scheduler = optimization(args.actor, actor, steps * args.train.max_epochs)
     return ActorPPOTrainer(
         Strategy(args),
         actor,
@@ -152,7 +155,7 @@ def critic_trainer(args, critic, steps):
     """A real `CriticPPOTrainer` around a module that is called as OpenRLHF's critics are, within `on_cpu()`."""
     from openrlhf.trainer.ray.ppo_critic import CriticPPOTrainer
 
-    optimizer, scheduler = optimization(args.critic, critic, steps)
+    optimizer, scheduler = optimization(args.critic, critic, steps * args.train.max_epochs)
     return CriticPPOTrainer(
         Strategy(args),
         critic,
@@ -183,14 +186,17 @@ class Group:
 def ppo_trainer(args, model, reference, tokenizer, steps, critic=None):
     """OpenRLHF's `BasePPOTrainer` around these models, within `on_cpu()` and `ray_at_once()`.
 
-    Its `train_step(samples, step)` is one of `steps`: it makes experiences of samples, and trains critic and actor.
+    Its `train_step(samples, step)` is one of `steps`: it makes experiences of a rollout, and trains critic and actor.
     """
     from openrlhf.models import Actor
-    from openrlhf.trainer.ppo_trainer import BasePPOTrainer
+    from openrlhf.trainer import ppo_trainer as trainers
+    from openrlhf.trainer.ppo_utils import experience_maker
     from openrlhf.trainer.ray.launcher import ReferenceModelActor
     from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
     from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 
+    for module in (trainers, experience_maker):  # which say three lines a step
+        module.logger.setLevel("WARNING")
     trained = actor_trainer(args, model, steps)
     strategy = trained.strategy
     policies = Group(PolicyModelActor, strategy=strategy, trainer=trained, actor=trained.actor)
@@ -202,7 +208,7 @@ def ppo_trainer(args, model, reference, tokenizer, steps, critic=None):
         frozen = Actor(reference)
         frozen.packing_samples = False
         references = Group(ReferenceModelActor, strategy=strategy, model=frozen.eval())
-    trainer = BasePPOTrainer(strategy, policies, critics, None, references, vllm_engines=None, tokenizer=tokenizer)
+    trainer = trainers.BasePPOTrainer(strategy, policies, critics, None, references, None, tokenizer)
     trainer.kl_plugins_proven = True  # the proof is collected from Ray's processes, of which there are none
     return trainer
 

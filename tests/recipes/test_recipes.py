@@ -48,7 +48,7 @@ def test_all_are_tested_here():
     here += [f"benchmarks/{name}.py" for name in ("exact_kl", "monitor", "openrlhf_step", "trl_step")]
     elsewhere = ["openrlhf.sh", "ppo.py", "reward_hacking.py", "scoreboard/scoreboard.py"]
     parts = ["benchmarks/harness.py", "openrlhf_cpu/shim.py", "openrlhf_cpu/sitecustomize.py"]
-    parts += [f"evidence/{name}.py" for name in ("intervals", "openrlhf_host", "runs", "tables")]
+    parts += [f"evidence/{name}.py" for name in ("intervals", "openrlhf_host", "openrlhf_trainer", "runs", "tables")]
     parts += [f"evidence/{name}.py" for name in ("markov_model", "ppo_trainer", "trl_regimes", "trl_trainers")]
     parts += [f"evidence/{name}.py" for name in ("hack_picture", "hack_runs", "hack_task")]
     parts += [f"scoreboard/{name}.py" for name in ("frameworks", "language_model", "pages", "worker")]
