@@ -14,10 +14,11 @@ from rich.text import Text
 
 from kl_plugins.cli.errors import user_errors
 from kl_plugins.cli.layout import definitions, paragraph, print_table, word_table
-from kl_plugins.core.registry import KLLoss, all_losses, get_loss
+from kl_plugins.core.registry import REVERSE_KL, KLLoss, all_losses, get_loss
 from kl_plugins.errors import ConfigError
 from kl_plugins.explain import explain_words
 from kl_plugins.explain.verdict import MEANING, OFF_POLICY, TRAINERS, Explanation, not_offered
+from kl_plugins.integration.choice import TREATMENTS, choose
 
 _FILES = (".yaml", ".yml", ".json")
 
@@ -59,6 +60,9 @@ def explain(
             raise typer.Exit(found.exit_code)
         if len(words) > 1:
             raise ConfigError(f"one name was expected, found {' '.join(words)}: give flags after --")
+        if words == [REVERSE_KL]:
+            print(json.dumps(_picks(), indent=2)) if as_json else _show_picks(console)
+            return
         losses = {name: get_loss(name) for name in words} if words else all_losses()
         if as_json:
             print(json.dumps({name: _as_data(loss) for name, loss in losses.items()}, indent=2))
@@ -100,10 +104,35 @@ def _list_losses(console: Console, losses: dict[str, KLLoss]) -> None:
     definitions(
         console,
         [
+            ("what to take:", f'kl="{REVERSE_KL}", which picks for your trainer: kl-plugins explain {REVERSE_KL}'),
             ("more on one of them:", "kl-plugins explain NAME"),
             ("on your configuration:", "kl-plugins explain FILE, or kl-plugins explain -- FLAGS"),
         ],
         label_style="",
+    )
+
+
+def _picks() -> list[dict[str, Any]]:
+    """What `reverse_kl` picks in each host."""
+    picks = []
+    for host, estimator in TREATMENTS:
+        choice = choose(REVERSE_KL, {}, host=host, estimator=estimator)
+        trainer = {"openrlhf": f"OpenRLHF, {estimator}", "grpo": "TRL GRPO, GMPO"}.get(host, f"TRL {host.upper()}")
+        picks.append({"trainer": trainer, "kl": choice.kl, **choice.options, "why": choice.why})
+    return picks
+
+
+def _show_picks(console: Console) -> None:
+    """The page of `reverse_kl`."""
+    text = f"picks, for the trainer at hand, the configuration that measured best: {MEANING[REVERSE_KL]}."
+    paragraph(console, text, label=f"{REVERSE_KL}:")
+    console.print()
+    table = word_table("trainer", "kl", "kl_credit", "kl_baseline", title="What it picks")
+    for pick in _picks():
+        table.add_row(*(Text(str(pick[name])) for name in ("trainer", "kl", "kl_credit", "kl_baseline")))
+    print_table(console, table)
+    paragraph(
+        console, "A KL in the reward gets the credit and the baseline of the reward. What you set yourself wins."
     )
 
 

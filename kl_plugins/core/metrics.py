@@ -26,12 +26,12 @@ SUMS = (
 WEIGHT_METRICS = ("kl/loss", "kl/ess", "kl/weight_max", "kl/clipped", "kl/unscored")
 
 
-def kl_sums(terms: KLTerms, *, beta: float) -> Tensor:
+def kl_sums(terms: KLTerms, *, beta: float | Tensor) -> Tensor:
     """(13,) sums over the counted tokens, in the order of `SUMS`; add them over ranks and micro-batches.
 
     Args:
         terms: `kl_terms` of a micro-batch.
-        beta: What the term is multiplied with in the loss; in `loss` only.
+        beta: What the term is multiplied with in the loss, a number or (B, 1); in `loss` only.
     """
     weight, kept = terms.weight, terms.mask & ~terms.left_out
     u = torch.where(kept, terms.log_ratio, 0.0)

@@ -265,6 +265,8 @@ _GRPO_OPTIONS: dict[str, tuple[type, Any]] = {
     **_GROUPS,
     "beta": (float, 0.0),
     "loss_type": (str, "dapo"),
+    "scale_rewards": (str, "group"),
+    "multi_objective_aggregation": (str, "sum_then_normalize"),
     "use_bias_correction_kl": (bool, True),
     "importance_sampling_level": (str, "token"),
     "off_policy_mask_threshold": (float, None),
@@ -310,6 +312,8 @@ OPTIONS: dict[str, dict[str, tuple[type, Any]]] = {
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "kl_estimator": ("k1", "k3"),
     "algo.kl.estimator": ("k1", "k2", "k3"),
     "actor.policy_loss_type": ("ppo", "gspo"),

@@ -136,6 +136,8 @@ def read_run(given: Mapping[str, Any], trainer: str, assumed: list[str]) -> tupl
         assumed.append(f"what {VERSIONS[trainer]} does, though {installed} is installed")
     if host == "trl" and "use_bias_correction_kl" in options and older_than(installed, 1, 10):
         options["use_bias_correction_kl"] = (bool, False)
+    if isinstance(given.get("scale_rewards"), bool):  # as TRL takes it
+        given = {**given, "scale_rewards": "group" if given["scale_rewards"] else "none"}
     settings = {name: default for name, (_, default) in options.items()} | convert(given, options, CHOICES)
     ours = convert(given, kl, {})
     updates, reused = _updates(trainer, settings, assumed)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
-from kl_plugins.core.registry import LOSSES
+from kl_plugins.core.registry import LOSSES, REVERSE_KL
 from kl_plugins.explain.host_terms import BETA, HOSTS, NO_ENGINE, OURS, TERMS, VERSIONS, HostTerm
 from kl_plugins.explain.pitfalls import PITFALLS
 from kl_plugins.explain.run import Finding, Run, kl_options, nested, read_run
 from kl_plugins.integration.problem import Problem
+from kl_plugins.integration.reward_scale import meaning_of_beta
 from kl_plugins.integration.rules_openrlhf import reward_length_problems, sampler_problems
 from kl_plugins.integration.rules_trl import SUGGESTED_BETA, length_problems
 from kl_plugins.integration.sampling import sampling_problems
@@ -184,7 +185,7 @@ def _gradient_findings(run: Run, gradient: str) -> Iterator[Finding]:
     by_the_loss = run.spec.loss.gradient_of[str(run.spec.credit)] in ("zero", "biased")
     if by_the_loss:
         says = f"{run.spec.name}: its expected gradient is {_meaning(run, gradient)} (kl_allow_biased lets it through)"
-        yield Finding(gradient, says, {"kl": run.spec.loss.instead})
+        yield Finding(gradient, says, {"kl": ""})
     if not by_the_loss or run.spec.gamma not in (0, 1):  # gamma=0 makes a right loss the local KL
         name = DISCOUNT.get(run.trainer, "kl_gamma") if run.in_reward else "kl_gamma"
         says = f"{name}={run.spec.gamma:g} discounts the KL: the gradient of neither the local nor the sequence KL"
@@ -205,7 +206,12 @@ def _beta_findings(run: Run, given: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _choice_findings(run: Run, given: Mapping[str, Any]) -> Iterator[Finding]:
-    """What is worth knowing about tokens left out, and about a reference of one's own."""
+    """What is worth knowing about what was picked, what beta counts, tokens left out, and a reference of one's own."""
+    if run.kl is not None:
+        flags = [nested(run.settings)] if run.trainer == "openrlhf" else []
+        grouped = run.trainer in ("grpo", "gmpo", "rloo")
+        for says in (run.kl.kl_choice(*flags).sentence, meaning_of_beta(run.kl) if grouped else ""):
+            yield from [Finding("note", says)] if says else []
     if run.kl is not None and set(run.kl.kl_leave_out) - {"first"}:
         yield Finding(
             "note",
@@ -242,9 +248,12 @@ def _change(run: Run, flaws: Sequence[Finding], given: Mapping[str, Any]) -> dic
     for flaw in flaws:
         change |= {name: value for name, value in flaw.change.items() if value is not None or name in given}
     if not flaws:  # another divergence
-        change["kl"] = run.spec.loss.instead if run.spec else ""
+        change["kl"] = ""
     if "kl" in change:
-        change["kl"] = change["kl"] or ("k1_in_reward" if run.in_reward else "k2_as_loss")
+        change["kl"] = change["kl"] or REVERSE_KL
+        discount = DISCOUNT.get(run.trainer, "")
+        if discount in given and change["kl"] == REVERSE_KL:  # which is among the rewards there
+            change[discount] = 1.0
         replaced = ["use_bias_correction_kl", "kl_estimator", "algo.kl.estimator", "algo.kl.unbiased_gradient"]
         replaced += ["algo.kl.use_loss", "algo.kl.target", *kl_options(run.trainer)]
         change = {name: None for name in replaced if name in given} | change

@@ -157,6 +157,10 @@ class ReferenceOptions(KLOptions):
     )
     kl_reference_decay: float = option(0.0, "What remains of the reference then: 0 replaces it, 0.99 averages.")
 
+    kl_scale: str = option(
+        "none", "reward: divide the KL by the standard deviation that rewards are divided by, if they are; or none."
+    )
+
     kl_host = "grpo"
     """Whose rewards the KL is among, in `choice.TREATMENTS`."""
 

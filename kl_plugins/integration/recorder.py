@@ -38,8 +38,8 @@ class Recorder:
         self.added = 0
         """How many micro-batches were added so far."""
 
-    def add(self, terms: KLTerms, beta: float) -> None:
-        """Add a micro-batch, in whose loss the KL has the coefficient `beta`. No device sync."""
+    def add(self, terms: KLTerms, beta: float | Tensor) -> None:
+        """Add a micro-batch, in whose loss the KL has the coefficient `beta`, a number or (B, 1). No device sync."""
         sums, weight_max = kl_sums(terms, beta=beta), terms.weight.max()
         self.added += 1
         self._since_update = sums if self._since_update is None else sums + self._since_update

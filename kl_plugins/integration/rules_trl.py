@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kl_plugins.integration.problem import Problem
+from kl_plugins.integration.reward_scale import SCALES
 from kl_plugins.integration.rules import (
     beta_problems,
     distribution_problems,
@@ -35,6 +36,14 @@ def grpo_problems(settings: Any, *, kl_in_liger_loss: bool | None = None) -> Ite
         yield from unnamed_problems(settings)
         return
     yield from _online_problems(settings, suggested=SUGGESTED_BETA["grpo"])
+    yield from _scale_problems(settings, "scale_rewards")
+    aggregation = getattr(settings, "multi_objective_aggregation", "sum_then_normalize")  # not in every TRL
+    if settings.kl_scale == "reward" and aggregation != "sum_then_normalize":
+        yield Problem(
+            f"kl_scale='reward' with multi_objective_aggregation={aggregation!r}, which divides each reward by "
+            "another standard deviation: there is none for the KL; leave kl_scale out",
+            {"kl_scale": None},
+        )
     if kl_in_liger_loss is None:
         kl_in_liger_loss = older_than(installed_version("trl"), 1, 14)
     if settings.use_liger_kernel and kl_in_liger_loss:
@@ -78,6 +87,7 @@ def rloo_problems(settings: Any) -> Iterator[Problem]:
         yield from unnamed_problems(settings)
         return
     yield from _online_problems(settings, suggested=SUGGESTED_BETA["rloo"])
+    yield from _scale_problems(settings, "normalize_advantages")
     credit = settings.kl_choice().options["kl_credit"]
     if settings.kl_clip == "combined" and credit != "sequence":
         yield Problem(
@@ -90,6 +100,20 @@ def rloo_problems(settings: Any) -> Iterator[Problem]:
             f"kl_clip='combined' with kl_leave_out={settings.kl_leave_out}: RLOO's advantage is one number a "
             "sequence, but a left-out token has a coefficient of its own; use kl_clip='separate' or None",
             {"kl_clip": None},
+        )
+
+
+def _scale_problems(settings: Any, option: str) -> Iterator[Problem]:
+    """What is wrong with `kl_scale` in a trainer that divides rewards if TRL's `option` says so."""
+    if settings.kl_scale not in SCALES:
+        yield Problem(
+            f"kl_scale={settings.kl_scale!r}: choose from {', '.join(map(repr, SCALES))}", {"kl_scale": None}
+        )
+    elif settings.kl_scale == "reward" and getattr(settings, option) in (False, "none"):
+        yield Problem(
+            f"kl_scale='reward' with {option}={getattr(settings, option)!r}: nothing divides the rewards, and so "
+            "there is nothing to divide the KL by; leave it out",
+            {"kl_scale": None},
         )
 
 

@@ -23,12 +23,12 @@ class KLInGRPO(KLTrainer):
         added: list[Tensor] = []
 
         def see(logp: Tensor) -> None:
-            terms = self._terms_of(logp, inputs)
-            term = float(self.beta) * terms.loss
+            terms, beta = self._terms_of(logp, inputs), self._coefficient(inputs)
+            term = beta * terms.loss
             if self.kl_spec.clip == "combined":
                 advantages = inputs["advantages"]
                 advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-                inputs["advantages"] = advantages - float(self.beta) * terms.coefficient
+                inputs["advantages"] = advantages - beta * terms.coefficient
                 term = torch.zeros_like(term)
             added.append(term)
 

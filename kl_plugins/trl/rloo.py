@@ -8,6 +8,7 @@ import torch
 import trl
 from torch import Tensor
 
+from kl_plugins.integration.reward_scale import reward_scale
 from kl_plugins.trl.config import RLOOConfig, RLOOFields, TrainerPair
 from kl_plugins.trl.host_beta import host_kl_replaced
 from kl_plugins.trl.trainer import KLTrainer
@@ -47,16 +48,25 @@ class KLInRLOO(KLTrainer):
         added: list[Tensor] = []
 
         def see(logp: Tensor) -> None:
-            terms = self._terms_of(logp, inputs)
+            terms, beta = self._terms_of(logp, inputs), self._coefficient(inputs)
             if self.kl_spec.clip == "combined":  # credit "sequence": one coefficient a row, at its counted tokens
-                coefficient = terms.coefficient.sum(-1) / terms.mask.sum(-1).clamp(min=1)
-                inputs["advantages"] = inputs["advantages"] - float(self.beta) * coefficient
+                coefficient = (beta * terms.coefficient).sum(-1) / terms.mask.sum(-1).clamp(min=1)
+                inputs["advantages"] = inputs["advantages"] - coefficient
             else:
-                added.append(float(self.beta) * terms.loss.sum(-1).mean())
+                added.append((beta * terms.loss).sum(-1).mean())
 
         with self._logps_seen_by(see, times=1, inputs=inputs):
             loss = super()._compute_loss(model, inputs)
         return loss + added[0] if added else loss
+
+    def _reward_scale(self, rewards: Tensor) -> Tensor:
+        """(N,) of (N, functions): with `normalize_advantages`, of the rewards less the mean of the group's others."""
+        reward, clip = self._scorable(rewards), self.args.reward_clip_range
+        reward = reward.clamp(*clip) if clip else reward
+        groups = reward.view(-1, self._group_size())
+        others = (~groups.isnan()).sum(1, keepdim=True) - 1
+        advantages = groups - (groups.nansum(1, keepdim=True) - groups) / others
+        return reward_scale(advantages.flatten(), self._group_size(), per="batch")
 
 
 class RLOOTrainer(KLInRLOO, trl.RLOOTrainer):

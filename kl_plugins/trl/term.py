@@ -98,15 +98,17 @@ class KLTermMixin(Host):
         if sums is not None:
             self.set_beta(next_beta(self.kl_controller, sums))
 
-    def say_gradient(self, *qualifications: str) -> None:
+    def say_gradient(self, *qualifications: str, meaning: str = "") -> None:
         """Log which term is trained and the gradient that it has, as a warning if that is zero or biased.
 
-        What `kl="reverse_kl"` picked is a warning, too: the level that TRL shows by default.
+        What `kl="reverse_kl"` picked, and the `meaning` of its beta, are warnings, too: the level that TRL shows by
+        default.
         """
         spec: KLSpec = self.kl_spec
         picked = self.args.kl_choice().sentence
-        if picked and self.accelerator.is_main_process:
-            logger.warning(picked)
+        for said in (picked, meaning):
+            if said and self.accelerator.is_main_process:
+                (logger.warning if picked else logger.info)(said)
         say = logger.warning if spec.gradient_of in ("zero", "biased") else logger.info
         said = "".join(qualifications)
         say(f"KL term: {spec}; its expected on-policy gradient is {spec.gradient_of}{said}")

@@ -16,6 +16,7 @@ from kl_plugins.core.terms import KLTerms, leave_one_out_baseline
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.integration.leave_out import equal_reward_rows
 from kl_plugins.integration.recorder import Recorder
+from kl_plugins.integration.reward_scale import meaning_of_beta, reward_scale
 from kl_plugins.integration.rules_trl import length_problems
 from kl_plugins.integration.sampling import model_generation_problems
 from kl_plugins.trl.controller import say_dropped_controller
@@ -92,7 +93,7 @@ class KLTrainer(KLTermMixin, Host):
         kept = " of the tokens that are not left out" if self._kl_left_out.token_ids else ""
         if self.args.kl_leave_out_equal_rewards:
             kept += ", on the groups whose rewards differ (a choice that depends on what was drawn)"
-        self.say_gradient(kept)
+        self.say_gradient(kept, meaning=meaning_of_beta(self.args))
         for problem in length_problems(self.length_normalized, getattr(self.args, "loss_type", None)):
             logger.warning(problem.says)
 
@@ -175,12 +176,17 @@ class KLTrainer(KLTermMixin, Host):
             mask=mask,
             behavior_logp=inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps")),
             baseline=inputs.get("kl_baseline"),
-            group_size=None if self.kl_spec.baseline is None else int(self.num_generations),
+            group_size=int(self.num_generations) if "kl_baseline" in inputs else None,
             exact=None if self._exact is None else self._exact.kl(mask, inputs["kl_ref_hidden"]),
             **self._left_out(inputs),
         )
-        self._recorder().add(terms, float(self.beta))
+        self._recorder().add(terms, self._coefficient(inputs))
         return terms
+
+    def _coefficient(self, inputs: dict[str, Any]) -> float | Tensor:
+        """Beta; with `kl_scale="reward"` (B, 1), times what the host has multiplied each row's reward with."""
+        beta = float(self.beta)
+        return beta * inputs["kl_scale"].unsqueeze(1) if "kl_scale" in inputs else beta
 
     def _left_out(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The masks of `kl_leave_out` and `kl_leave_out_equal_rewards`, (B, T) each; empty if nothing is left out."""
@@ -193,18 +199,37 @@ class KLTrainer(KLTermMixin, Host):
         return self._kl_rewards
 
     def _rollout_extras(self, output: dict[str, Any]) -> None:
-        """Add to a rollout what is known while its groups are whole: whose rewards are equal."""
-        if self.kl_spec is None or self.beta == 0 or not self.args.kl_leave_out_equal_rewards:
+        """Add to a rollout what is known while its groups are whole: whose rewards are equal, and their scale."""
+        if self.kl_spec is None or self.beta == 0:
             return
+        found: dict[str, Tensor] = {}
+        if self.args.kl_leave_out_equal_rewards:
+            rewards = self._weighted_rewards(self._rewards_of(output, "kl_leave_out_equal_rewards"))
+            found["kl_equal_rewards"] = equal_reward_rows(rewards, self._group_size())
+        if self.args.kl_scale == "reward":
+            found["kl_scale"] = self._reward_scale(self._rewards_of(output, "kl_scale"))
         rows = len(output["completion_ids"])
-        if self._kl_rewards is None or len(self._kl_rewards) != rows * self.accelerator.num_processes:
-            raise PatchError(
-                "kl_leave_out_equal_rewards: the rewards of this rollout were not seen; install a tested version of "
-                "TRL (a subclass must call _calculate_rewards) or leave the option out"
-            )
         first = rows * self.accelerator.process_index
-        equal = equal_reward_rows(self._weighted_rewards(self._kl_rewards), self._group_size())
-        output["kl_equal_rewards"] = equal[first : first + rows].to(output["completion_ids"].device)
+        for name, of_all in found.items():
+            output[name] = of_all[first : first + rows].to(output["completion_ids"].device)
+
+    def _rewards_of(self, output: dict[str, Any], option: str) -> Tensor:
+        """(N, functions), all processes' of this rollout, for an `option` that needs them."""
+        rows = len(output["completion_ids"]) * self.accelerator.num_processes
+        if self._kl_rewards is None or len(self._kl_rewards) != rows:
+            raise PatchError(
+                f"{option}: the rewards of this rollout were not seen; install a tested version of TRL (a subclass "
+                "must call _calculate_rewards) or leave the option out"
+            )
+        return self._kl_rewards
+
+    def _reward_scale(self, rewards: Tensor) -> Tensor:
+        """(N,) of (N, functions): what this trainer multiplies its advantages with."""
+        return reward_scale(self._scorable(rewards), self._group_size(), per=self.args.scale_rewards)
+
+    def _scorable(self, rewards: Tensor) -> Tensor:
+        """(N,) of (N, functions): the reward as TRL sums it, NaN where no function gave one."""
+        return self._weighted_rewards(rewards).masked_fill(rewards.isnan().all(1), torch.nan)
 
     def _weighted_rewards(self, rewards: Tensor) -> Tensor:
         """(N,) of (N, functions): the reward as TRL sums it; (N, functions) if it normalizes each one first."""

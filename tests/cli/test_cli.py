@@ -248,3 +248,12 @@ def test_the_command_line_loads_no_torch_and_no_host(tmp_path):
     lines = [line for line in run.stderr.splitlines() if line[:1].isdigit()]
     assert lines[:-1] == [f"{code} [] {words}" for words, code in calls.items()]
     assert lines[-1] == "0 ['torch']"  # so that the check can fail
+
+
+def test_explain_says_what_reverse_kl_picks():
+    shown = invoke("explain", "reverse_kl")
+    for host in ("TRL GRPO, GMPO", "TRL RLOO", "TRL PPO", "OpenRLHF, gae"):
+        assert host in shown
+    picks = {pick["trainer"]: pick for pick in json.loads(invoke("explain", "reverse_kl", "--json"))}
+    assert picks["TRL GRPO, GMPO"]["kl_baseline"] == "group_mean"
+    assert {pick["kl"] for pick in picks.values()} == {"k1_in_reward"}

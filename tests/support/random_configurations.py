@@ -15,7 +15,7 @@ _SPEC: dict[str, list[Any]] = {
     "kl_off_policy": ["token", "none", "prefix", "sequence", "both"],
     "kl_weight_clip": [[0.0, 10.0], [0.0, 2.0], [2.0, 3.0]],
     "kl_weight_clip_mode": ["truncate", "mask", "cut"],
-    "kl_baseline": [None, "none", "leave_one_out", "mean"],
+    "kl_baseline": ["auto", None, "none", "leave_one_out", "group_mean", "mean"],
     "kl_clip": [None, "separate", "combined", "both"],
     "kl_clip_epsilon": [0.2, 0.1, 1.0],
     "kl_coefficient_bound": [None, 50.0, -1.0],
@@ -38,6 +38,7 @@ _REFERENCE: dict[str, list[Any]] = {
     "kl_reference": [None, "none", "base", "adapter:first", "adapter:ref", "some/model"],
     "kl_reference_every": [None, 100, 0],
     "kl_reference_decay": [0.0, 0.9, 1.5],
+    "kl_scale": ["none", "reward", "batch"],
 }
 _SAMPLING: dict[str, list[Any]] = {
     "temperature": [1.0, 0.7],
@@ -58,6 +59,8 @@ _GROUPS: dict[str, list[Any]] = {
 _GRPO: dict[str, list[Any]] = {
     **_GROUPS,
     "loss_type": ["dapo", "grpo", "dr_grpo"],
+    "scale_rewards": ["group", "batch", "none"],
+    "multi_objective_aggregation": ["sum_then_normalize", "normalize_then_sum"],
     "use_bias_correction_kl": [True, False],
     "importance_sampling_level": ["token", "sequence"],
     "off_policy_mask_threshold": [None, 0.5],
@@ -68,11 +71,10 @@ _PLACEMENT: dict[str, list[Any]] = {"kl_placement": ["auto", "loss", "reward", "
 OURS: dict[str, dict[str, list[Any]]] = {
     "grpo": {**_SPEC, **_CONTROLLER, **_REFERENCE},
     "gmpo": {**_SPEC, **_CONTROLLER, **_REFERENCE},
-    "rloo": {**_SPEC, "kl_baseline": ["auto", *_SPEC["kl_baseline"]], **_CONTROLLER, **_REFERENCE},
+    "rloo": {**_SPEC, **_CONTROLLER, **_REFERENCE},
     "ppo": {**_SPEC, **_CONTROLLER, **_PLACEMENT},
     "openrlhf": {
         **_SPEC,
-        "kl_baseline": ["auto", *_SPEC["kl_baseline"]],
         **_CONTROLLER,
         **_PLACEMENT,
         "kl_monitor": [False, True],
@@ -115,11 +117,13 @@ _CORNERS: dict[str, list[dict[str, Any]]] = {
         _COMBINED,
         _COMBINED | {"kl_weight_clip_mode": "mask"},
         _COMBINED | {"top_entropy_quantile": 0.5},
+        {"beta": 0.04, "kl": "k2_as_loss", "kl_reference": "base", "kl_reference_every": 100},
     ],
     "rloo": [_COMBINED | {"kl_credit": "sequence"}, _COMBINED | {"kl_credit": "sequence", "kl_leave_out": ["eos"]}],
     "openrlhf": [
         {"kl_monitor": True, "kl_clip": "separate", "algo.kl.init_coef": 0.0},
         {"kl": "k1_in_reward", "algo.kl.target": 6.0, "kl_controller": "linear"},
+        {"kl": "k2_as_loss", "kl_clip": "combined", "kl_placement": "loss"},
     ],
 }
 """What is so rarely drawn that it is written down."""
@@ -137,7 +141,9 @@ def configurations(trainer: str, number: int, *, seed: int = 0) -> Iterator[dict
     for _ in range(number):
         given: dict[str, Any] = {beta: draw.choice(HOST[trainer][beta])}
         if draw.random() < 0.95:
-            given["kl"] = draw.choice([*all_losses(), "k1_in_reward", "k2_as_loss", "k2_as_loss"])
+            given["kl"] = draw.choice(
+                [*all_losses(), "k1_in_reward", "k2_as_loss", "k2_as_loss", "reverse_kl", "reverse_kl"]
+            )
         for options, most in ((OURS[trainer], 3), (HOST[trainer], 4)):
             how_many = max(0, draw.randint(-1, most))
             for name in draw.sample(sorted(set(options) - {beta}), how_many):

@@ -81,7 +81,10 @@ def reference_logits(trainer, batch, **how):
 
 
 def dense(trainer, batch, *, in_reward=True, forward=False, **how):
-    """The gradient of the naive term in every trainable parameter, with token weights and the batch's baseline."""
+    """The gradient of the naive term in every trainable parameter, with token weights and the batch's baseline.
+
+    With GRPO's treatment of rewards, 1 - 1/G of it.
+    """
     trainer.model.zero_grad()
     mask = batch["completion_mask"].bool()
     p = logits_of(trainer.model, batch, **how).log_softmax(-1)
@@ -94,6 +97,7 @@ def dense(trainer, batch, *, in_reward=True, forward=False, **how):
         c = kl.detach().flip(-1).cumsum(-1).flip(-1) - kl.detach() - batch.get("kl_baseline", 0)
         rho = (logp.detach() - batch["old_per_token_logps"]).exp().clamp(max=10)
         loss = loss + rho * c * (logp - logp.detach())
+        loss = loss * (1 - 1 / trainer.num_generations if trainer.kl_spec.baseline == "group_mean" else 1)
     (BETA * REDUCED[type(trainer)](loss, mask)).backward()
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
@@ -124,7 +128,7 @@ def test_the_term_is_the_naive_one_and_trains(make_trainer, prompts, covers, cls
     covers("trl", cls.__name__, f"{name} {'to_go' if 'reward' in name else 'token'}")
     trainer = make_trainer(cls, kl=name, num_iterations=2, max_steps=4)
     batch = rollout(trainer, prompts)
-    assert ("kl_baseline" in batch) == (cls is RLOOTrainer and name == "exact_in_reward")
+    assert ("kl_baseline" in batch) == (name == "exact_in_reward")
     _, found = kl_part(trainer, batch)
     assert_close(found, dense(trainer, batch, **NAMES[name]))
     for other, how in NAMES.items():  # the twin

@@ -81,7 +81,9 @@ def test_an_unscored_token_of_the_engine_has_weight_one_and_is_counted(make_trai
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_combined_goes_into_the_advantage(make_trainer, loss_type):
-    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_clip="combined", loss_type=loss_type)
+    trainer = make_trainer(
+        GRPOTrainer, kl="k1_in_reward", kl_credit="to_go", kl_baseline=None, kl_clip="combined", loss_type=loss_type
+    )
     batch = micro_batch(trainer)
     _, found = loss_and_gradients(trainer, batch)
 

@@ -95,7 +95,7 @@ def test_logged_values_are_right(make_trainer):
 @pytest.mark.parametrize("off_policy", ["token", "prefix", "sequence"])
 def test_micro_batches_are_logged_as_one(make_trainer, off_policy):
     """One row at a time, one of them fully masked: means, effective sample size and maximum are those of the whole."""
-    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_off_policy=off_policy)
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_baseline=None, kl_off_policy=off_policy)
     batch = micro_batch(trainer)
     batch["completion_mask"][2] = 0
     loss_and_gradients(trainer, batch)
@@ -108,7 +108,7 @@ def test_micro_batches_are_logged_as_one(make_trainer, off_policy):
 
 
 def test_combined_logs_no_weights_of_its_own(make_trainer):
-    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_clip="combined")
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_baseline=None, kl_clip="combined")
     loss_and_gradients(trainer, micro_batch(trainer))
     assert set(trainer.kl_metrics()) == {"kl/k1", "kl/k2", "kl/k3", "kl/dropped", "kl/beta"}
 
@@ -280,7 +280,7 @@ def test_groups_of_an_evaluation_have_its_own_size(make_trainer):
 @BOTH
 def test_the_policy_moves_on_but_the_baseline_stays(make_trainer, cls):
     """num_iterations > 1: u_t is recomputed with the current policy, the baseline of the rollout is kept."""
-    trainer = make_trainer(cls, kl="k1_in_reward", kl_baseline="leave_one_out")
+    trainer = make_trainer(cls, kl="k1_in_reward", kl_credit="to_go", kl_baseline="leave_one_out")
     batch = micro_batch(trainer)
     batch["kl_baseline"] = torch.full_like(batch["ref_per_token_logps"], 0.25)
     terms = []
