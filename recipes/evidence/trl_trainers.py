@@ -32,11 +32,27 @@ ARMS = {
     "k1_in_reward, sequence": {**SEQUENCE, "kl_baseline": None},
     "k1_in_reward, sequence, leave_one_out": {**SEQUENCE, "kl_baseline": "leave_one_out"},
     "k1_in_reward, sequence, group_mean": {**SEQUENCE, "kl_baseline": "group_mean"},
+    "reverse_kl": {"kl": "reverse_kl"},
+    "reverse_kl in RLOO": {**RLOO, "kl": "reverse_kl"},
 }
-# On-policy k2_as_loss trains exactly like TRL's GRPO, which the first regime shows.
-ON_POLICY = ("TRL's GRPO", "TRL's RLOO", "k3_as_loss", "exact_in_reward", "k1_in_reward, sequence, group_mean")
-QUICK = ("no KL", "TRL's GRPO", "k1_as_loss", "k2_as_loss", "k3_as_loss", "k1_in_reward, sequence, group_mean")
-OFF_POLICY = ("TRL's GRPO", "TRL's RLOO", "k2_as_loss", "k3_as_loss", "k1_in_reward, sequence, group_mean")
+# In the other regimes; k2_as_loss trains like TRL's GRPO, which the first one shows.
+CHOSEN = ("TRL's GRPO", "TRL's RLOO", "k3_as_loss", "exact_in_reward", "reverse_kl")
+# More of them where another policy draws than the one that is trained.
+OFF_POLICY = (
+    "TRL's GRPO",
+    "TRL's RLOO",
+    "k2_as_loss",
+    "k3_as_loss",
+    "k1_in_reward, to_go, leave_one_out",
+    "reverse_kl",
+)
+QUICK = {
+    "terminal reward": (
+        *("no KL", "TRL's GRPO", "k1_as_loss", "k2_as_loss", "k3_as_loss"),
+        *("k1_in_reward, sequence, group_mean", "TRL's RLOO"),
+    ),
+    "hackable reward": ("k2_as_loss", "k3_as_loss"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class Regime:
 
 REGIMES = {
     "terminal reward": Regime(),
-    "dense reward": Regime(problem="dense"),
+    "dense reward": Regime(problem="dense", beta=1.0),
     "hackable reward": Regime(problem="hackable"),
     "groups of 2": Regime(group=2),
     "groups of 4": Regime(group=4),
@@ -73,13 +89,13 @@ REGIMES = {
 def jobs(quick):
     """Every arm on the terminal reward, and in every other regime those that can differ there.
 
-    Quick: the arms that the asserted orderings compare, on the terminal reward only.
+    Quick: what the orderings that are judged compare.
     """
-    if quick:
-        chosen = {"terminal reward": QUICK}
-    else:
-        chosen = {name: OFF_POLICY if regime.off_policy else ON_POLICY for name, regime in REGIMES.items()}
+    chosen = QUICK
+    if not quick:
+        chosen = {name: OFF_POLICY if regime.off_policy else CHOSEN for name, regime in REGIMES.items()}
         chosen["terminal reward"] = tuple(ARMS)
+        chosen["hackable reward"] = ("no KL", "k2_as_loss", *CHOSEN)
     return [
         {"part": "trl", "regime": regime, "arm": arm, "seed": seed, "steps": 120 if quick else 250}
         for regime, arms in chosen.items()
