@@ -30,10 +30,24 @@ def follow_policy_on_cpu(generation: Any) -> None:
         # Cloned, since a merged LoRA weight changes again when the host's iterator ends.
         weights = [(name, weight.detach().clone()) for name, weight in generation._iter_named_params()]
         worker.reload_weights(weights_iterator=iter(weights))
+        _repack_heads(worker.model_runner.get_model())
         generation.llm.reset_prefix_cache()
 
     generation.sync_weights = sync_weights
     logger.info("vLLM runs on the CPU: its weights are reloaded as a whole at each sync")
+
+
+def _repack_heads(model: Any) -> None:
+    """Pack the LM head of vLLM's CPU `model` anew.
+
+    A tied head shares the embeddings' tensor, which a reload fills, but multiplies with a packed copy of its own,
+    which the reload leaves as it was: the engine would go on sampling with the old head.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def require_processed_logprobs(client: Any) -> None:

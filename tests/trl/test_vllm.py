@@ -14,19 +14,33 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
-SCRIPT = Path(__file__).parents[1] / "support" / "vllm_run.py"
+SUPPORT = Path(__file__).parents[1] / "support"
 pytestmark = pytest.mark.vllm
+
+
+def started(script, *arguments):
+    """Run a script of tests/support in a process of its own, which has the engine."""
+    path = os.pathsep.join([str(SUPPORT), *filter(None, sys.path)])
+    env = dict(os.environ, OMP_NUM_THREADS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", PYTHONPATH=path)
+    command = [sys.executable, str(SUPPORT / script), *map(str, arguments)]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def logged(model, tmp_path_factory):
     """Training -> the rows that it logged, of all the trainings in tests/support/vllm_run.py."""
     out = tmp_path_factory.mktemp("vllm") / "rows.json"
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    env["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), *filter(None, sys.path)])
-    ran = subprocess.run([sys.executable, str(SCRIPT), model, str(out)], env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
+    started("vllm_run.py", model, out)
     return json.loads(out.read_text())
+
+
+def test_a_tied_head_follows_too(tmp_path):
+    started("vllm_tied.py", tmp_path)
+    gaps = json.loads((tmp_path / "gaps.json").read_text())
+    assert gaps["loaded"] < 0.02
+    assert gaps["head not packed anew"] > 0.2  # the twin: the reload alone
+    assert gaps["synced"] < 0.03
 
 
 def mean(rows, name):
