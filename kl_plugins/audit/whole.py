@@ -8,6 +8,7 @@ credit and baseline as the reward cancels the reward's noise, and one with less 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -98,14 +99,18 @@ def recommendation(whole: dict[str, Any] | None, *, trainer: str, beta: float, s
     hosts = [row["label"] for row in rows if not row["options"] and row["verdict"] == "better"]
     theirs = f" Of the hosts' own terms {', '.join(hosts)} measured better than {REVERSE_KL}." if hosts else ""
     if better:
-        best, ratio = better[0], better[0]["ratio"]
-        bias = ""
+        alike = [row for row in better if row["ratio"]["low"] <= better[0]["ratio"]["high"]]
+        unbiased = [row for row in alike if row["gradient_of"] == pick["gradient_of"]]
+        best, bias = (unbiased or better)[0], ""
+        ratio = best["ratio"]
         if best["gradient_of"] != pick["gradient_of"]:
             bias = f" It is the gradient of {best['gradient_of']}, though: that bias stays however large the batch."
+        size = best["options"].get("num_generations")
+        shrink = f" It isn't shrunk as GRPO's rewards are: its beta is {beta:g} x (1 - 1/{size})." if size else ""
         why = (
             f"{best['label']} measured {ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] of the squared "
             f"error that {REVERSE_KL} ({pick['label']}) has, for this policy: it is {REVERSE_KL} whose noise vanishes "
-            f"with the reward's as training comes to its optimum, so audit again then.{bias}{theirs}"
+            f"with the reward's as training comes to its optimum, so audit again then.{bias}{shrink}{theirs}"
         )
         return {"line": line(**best["options"]), "why": why}
     if any(row["verdict"] == "?" for row in ours):
@@ -152,10 +157,11 @@ def _options(configuration: Configuration, objective: Objective) -> dict[str, An
     asked = _asked(configuration)
     credit = {"kl_credit": configuration.credit}
     taken = choose(configuration.name, credit, host=objective.trainer).options | credit
+    found = {name: value for name, value in asked.items() if name == "kl_credit" or value != taken.get(name, "")}
     beta = objective.beta_to_write(configuration.shrink(objective.group_size))
-    return {name: value for name, value in asked.items() if name == "kl_credit" or value != taken.get(name, "")} | {
-        "beta": beta
-    }
+    if not math.isclose(beta, objective.beta):  # it depends on the size of the groups
+        found["num_generations"] = objective.group_size
+    return found | {"beta": beta}
 
 
 def _asked(configuration: Configuration) -> dict[str, Any]:

@@ -64,11 +64,9 @@ def audit(
 ) -> None:
     """Measure on your models which KL gives training the best gradient.
 
-    With rewards: how far a batch's gradient of E[R] - beta KL is off with each KL term. In any case: the bias and
-    variance of the KL's gradient by itself, and a line to paste.
-
-    That is on your own policy, reference and prompts: of every configuration of kl_plugins, and of what the
-    installed hosts do themselves, against the gradients of the KL of whole completions and of the next-token KLs.
+    That is of every configuration of kl_plugins, and of what the installed hosts do themselves. With rewards: how far
+    a batch's gradient of E[R] - beta KL is off with each of them. In any case: the bias and variance of the KL's
+    gradient by itself, against those of the KL of whole completions and of the next-token KLs, and a line to paste.
     Ctrl-C leaves a report on the prompts that are done (exit code 130).
     """
     options = dict(locals())

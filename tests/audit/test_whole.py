@@ -242,6 +242,8 @@ def test_what_measured_better_is_recommended_with_the_beta_to_write(policies):
     found = measured((*policies[:3], torch.zeros_like(policies[3])), OBJECTIVES[0], prompts=64)
     said = judged(found)
     assert said["line"].startswith('GRPOConfig(..., beta=0.15, kl="exact_')
+    assert said["line"].endswith("num_generations=2)")
+    assert "its beta is 0.3 x (1 - 1/2)." in said["why"]
     assert " of the squared error that reverse_kl (k1_in_reward sequence, group_mean) has, for this p" in said["why"]
 
 
@@ -311,6 +313,9 @@ def test_the_best_of_what_is_better_is_recommended_and_its_bias_said():
     found = said(row("k2_as_loss token", 0.8, verdict="better"), row("k3_as_loss token", 0.7, verdict="better"))
     assert found["line"] == 'GRPOConfig(..., beta=0.03, kl="k3_as_loss", kl_credit="token")'
     assert "It is the gradient of local_reverse_kl, though: that bias stays however large the batch." in found["why"]
+    unbiased = row("exact_in_reward to_go", 0.75, verdict="better") | {"gradient_of": "reverse_kl"}
+    assert 'kl="exact_in_reward"' in said(row("k3_as_loss token", 0.7, verdict="better"), unbiased)["line"]
+    assert 'kl="k3_as_loss"' in said(row("k3_as_loss token", 0.5, verdict="better"), unbiased)["line"]
 
 
 def test_advantages_are_those_of_rloo_and_of_grpo_but_for_its_shrink():
