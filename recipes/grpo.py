@@ -1,13 +1,13 @@
-"""GRPO with the KL term you name, on any model and any dataset of prompts and answers.
+"""GRPO with the KL you name, on any model and any dataset of prompts and answers.
 
 What:      kl_plugins.trl.GRPOTrainer with a verifiable reward: 1 if the last number of a completion is the answer.
-           Without arguments: a 0.3M-parameter model, made on the spot, learns two-digit additions with k2 as loss.
+           Without arguments: a 0.3M-parameter model, made on the spot, learns two-digit additions with the reverse KL.
 Hardware:  without arguments 2 CPU cores, no GPU, no network; a GPU or several are used where there are any
 How long:  without arguments 70-80 s, of which 20-35 s start the vLLM engine; 20 s more the first time, for the model
 Launch:    python recipes/grpo.py
            python recipes/grpo.py --config recipes/grpo.yaml
            python recipes/grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k \
-               --dataset_config main --prompt_column question --kl k2_as_loss --beta 0.01
+               --dataset_config main --prompt_column question --kl reverse_kl --beta 0.01
            accelerate launch --num_processes 8 recipes/grpo.py --model_name_or_path ... --dataset ...
 
 Every field of kl_plugins.trl.GRPOConfig, and so of trl.GRPOConfig, is an option of the command line and of the YAML
@@ -75,7 +75,7 @@ class ScriptArguments:
 CUDA, SINGLE_PROCESS = torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1") == "1"
 DEFAULTS = {
     "output_dir": "runs/grpo",
-    "kl": "k2_as_loss",
+    "kl": "reverse_kl",
     "beta": 0.04,
     "use_vllm": importlib.util.find_spec("vllm") is not None and (CUDA or SINGLE_PROCESS),
     "vllm_mode": "colocate",

@@ -1,15 +1,15 @@
-"""PPO with the KL term you name, on any model and any dataset of prompts and answers.
+"""PPO with the KL you name, on any model and any dataset of prompts and answers.
 
 What:      kl_plugins.trl.PPOTrainer, with a critic and a reward: a model's (--reward_model), or 1 if the last number
            of a completion is that of the answer. Without arguments: a 0.3M-parameter model, made on the spot, learns
-           two-digit additions with k1 in reward, through GAE.
+           two-digit additions with kl="reverse_kl": k1 in reward, through GAE.
 Hardware:  without arguments 2 CPU cores, no GPU, no network once TRL 1.12 is there
 How long:  without arguments about two minutes; 20 s more the first time, for the model
 Launch:    python -m pip install --no-deps --target .cache/trl-1.12.0 trl==1.12.0    # once: TRL dropped PPO after it
            PYTHONPATH=.cache/trl-1.12.0 python recipes/ppo.py
            PYTHONPATH=.cache/trl-1.12.0 python recipes/ppo.py --kl k2_as_loss --kl_coef 0.1 --num_ppo_epochs 4
            PYTHONPATH=.cache/trl-1.12.0 python recipes/ppo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
-               --dataset openai/gsm8k --dataset_config main --prompt_column question --kl k1_in_reward
+               --dataset openai/gsm8k --dataset_config main --prompt_column question --kl reverse_kl
            PYTHONPATH=.cache/trl-1.12.0 accelerate launch --num_processes 8 recipes/ppo.py --model_name_or_path ...
 
 Every field of kl_plugins.trl.PPOConfig, and so of TRL's PPOConfig, is an option of the command line; `--help`
@@ -93,7 +93,7 @@ class ScriptArguments:
 CUDA, SINGLE_PROCESS = torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1") == "1"
 DEFAULTS = {
     "output_dir": "runs/ppo",
-    "kl": "k1_in_reward",
+    "kl": "reverse_kl",
     "stop_token": "eos",
     "missing_eos_penalty": 1.0,
     "temperature": 1.0,

@@ -86,7 +86,7 @@ def test_make_math_model_is_made_once(folder):
 
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_training_recipes(folder, name):
-    options = ["--use_vllm", "false", "--max_steps", 3, "--eval_examples", 16, "--kl", "k1_in_reward"]
+    options = ["--use_vllm", "false", "--max_steps", 3, "--eval_examples", 16]
     said = start(f"{name}.py", *options, "--kl_off_policy", "prefix", folder=folder)
     assert f"runs/{name}/metrics.png" in said
     rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
