@@ -50,7 +50,7 @@ class KLLoss:
     default_credit: str = "token"
     """The credit used when the user names none."""
     in_reward: bool = False
-    """Whether it stands for a KL in the reward: RLOO then gives it its leave-one-out baseline."""
+    """Whether it stands for a KL in the reward: hosts then give it the baseline that they give to rewards."""
     exact: str = ""
     """`"reverse_kl"` or `"forward_kl"`: summed over the vocabulary (`kl_plugins.exact_kl`), for which a host must give
     the full next-token distributions. `value` and `coefficient` are then those of a sampled token outside of `top_k`,

@@ -8,7 +8,7 @@ as the reward is cancels the reward's noise (docs/evidence.md). So a KL in the r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kl_plugins.core.registry import REVERSE_KL, get_loss
@@ -45,6 +45,11 @@ _WITHOUT_ITSELF = Treatment(
     "the same cancels the reward's own noise",
     off_policy={"kl_off_policy": "token"},
 )
+_STANDARDIZED = replace(
+    _WITH_THE_MEAN,
+    why="{host} hands each completion's reward, less its group's mean and divided by its deviation, to all tokens; the "
+    "KL gets the same but for the division, so that beta counts nats against rewards of deviation 1",
+)
 _WITH_A_CRITIC = Treatment(
     credit="to_go",
     baseline=None,
@@ -53,11 +58,6 @@ _WITH_A_CRITIC = Treatment(
 _UNKNOWN = Treatment(credit="", baseline=None, why="its expected gradient is that of the reverse KL")
 _RETURNS = Treatment(
     credit="to_go", baseline=None, why="{host} sums rewards from each token on, and the KL is one of them"
-)
-_RETURNS_OF_GROUPS = Treatment(
-    credit="to_go",
-    baseline="leave_one_out",
-    why="{host} sums the KL from each token on; the mean of the group's others is subtracted",
 )
 
 _NAMES = {"grpo": "GRPO", "rloo": "RLOO", "ppo": "PPO", "openrlhf": "OpenRLHF"}
@@ -68,12 +68,12 @@ TREATMENTS: dict[tuple[str, str], Treatment] = {
     ("ppo", ""): _WITH_A_CRITIC,
     ("openrlhf", "gae"): _WITH_A_CRITIC,
     ("openrlhf", "reinforce"): _RETURNS,
-    ("openrlhf", "rloo"): _RETURNS_OF_GROUPS,
-    ("openrlhf", "reinforce_baseline"): _RETURNS_OF_GROUPS,
-    ("openrlhf", "group_norm"): _RETURNS_OF_GROUPS,
-    ("openrlhf", "dr_grpo"): _RETURNS_OF_GROUPS,
+    ("openrlhf", "rloo"): _WITHOUT_ITSELF,
+    ("openrlhf", "reinforce_baseline"): _WITH_THE_MEAN,
+    ("openrlhf", "group_norm"): _STANDARDIZED,
+    ("openrlhf", "dr_grpo"): _WITH_THE_MEAN,
 }
-# OpenRLHF's estimators that give each prompt a group of completions, whose other members can be a baseline.
+# OpenRLHF's estimators that subtract something of a prompt's group from its rewards.
 GROUP_ESTIMATORS = tuple(name for (_, name), treatment in TREATMENTS.items() if name and treatment.baseline)
 
 

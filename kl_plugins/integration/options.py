@@ -199,7 +199,7 @@ class PlacementOptions(KLOptions):
         defaults = {f.name: f.metadata["default"] for f in fields(KLOptions)}
         options = KLOptions.kl_options(self, *flags) | {name: defaults[name] for name in UNUSED_IN_REWARD}
         options["kl_clip"] = "combined"
-        if self.kl_credit in (None, "to_go"):
+        if options["kl_credit"] == "to_go":
             options["kl_gamma"] = gamma
         return options
 

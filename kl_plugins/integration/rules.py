@@ -114,8 +114,13 @@ def distribution_problems(options: KLOptions, host: str) -> Iterator[Problem]:
         )
 
 
-def placement_problems(options: PlacementOptions, *, host: str, applies: str) -> Iterator[Problem]:
-    """What is wrong with the place of the term in `host`, of whose own things `applies` to a KL in the reward."""
+def placement_problems(
+    options: PlacementOptions, *, host: str, applies: str, credits: Sequence[str] = ("to_go",)
+) -> Iterator[Problem]:
+    """What is wrong with the place of the term in `host`, of whose own things `applies` to a KL in the reward.
+
+    `credits` are those that the host's returns can give it there.
+    """
     if options.kl_placement not in PLACEMENTS:
         yield Problem(
             f"kl_placement={options.kl_placement!r}: choose from {', '.join(PLACEMENTS)}", {"kl_placement": None}
@@ -133,10 +138,10 @@ def placement_problems(options: PlacementOptions, *, host: str, applies: str) ->
             f"{options.kl} is a term of the loss: leave kl_placement out, or use kl={REVERSE_KL!r}",
             {"kl_placement": None},
         )
-    if options.kl_credit not in (None, "to_go"):
+    if options.kl_credit not in (None, *credits):
         yield Problem(
-            f"kl_credit={options.kl_credit!r}: {host} sums rewards from a token on, which is credit 'to_go'; use "
-            "kl_placement='loss' for others",
+            f"kl_credit={options.kl_credit!r}: {host} sums rewards from a token on, which gives them credit "
+            f"{' or '.join(map(repr, credits))}; use kl_placement='loss' for others",
             {"kl_placement": "loss"},
         )
     for name in options.changed_kl_options():

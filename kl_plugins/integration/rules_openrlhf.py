@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kl_plugins.integration.choice import GROUP_ESTIMATORS
-from kl_plugins.integration.options import OpenRLHFOptions
+from kl_plugins.integration.options import OpenRLHFOptions, openrlhf_gamma
 from kl_plugins.integration.problem import Problem
 from kl_plugins.integration.rules import controller_problems, distribution_problems, placement_problems, spec_problems
 
@@ -26,7 +26,10 @@ def openrlhf_problems(options: OpenRLHFOptions, args: Any) -> Iterator[Problem]:
         yield from distribution_problems(options, "OpenRLHF's actor")
         return
     yield from placement_problems(
-        options, host="OpenRLHF", applies="OpenRLHF's own discount, ratio, clip and is_correction"
+        options,
+        host="OpenRLHF",
+        applies="OpenRLHF's own discount, ratio, clip and is_correction",
+        credits=("to_go", "sequence"),
     )
     yield from spec_problems(options, args, discount="algo.advantage.gamma" if options.kl_in_reward else "")
     if args is not None:
@@ -97,14 +100,23 @@ def _flag_problems(options: OpenRLHFOptions, args: Any) -> Iterator[Problem]:
             "weighted by tokens twice): use --kl-controller proportional --kl-target ... instead",
             {"algo.kl.target": None},
         )
-    if options.kl_baseline == "leave_one_out" and samples < 2:
+    if options.kl_baseline in ("leave_one_out", "group_mean") and samples < 2:
         yield Problem(
-            "kl_baseline='leave_one_out' needs --rollout.n_samples_per_prompt of 2 or more", {"kl_baseline": None}
-        )
-    if options.kl_baseline == "leave_one_out" and advantage.estimator == "gae" and in_reward:
-        yield Problem(
-            "kl_baseline='leave_one_out' with gae, whose critic is the baseline already: leave it out",
+            f"kl_baseline={options.kl_baseline!r} needs --rollout.n_samples_per_prompt of 2 or more",
             {"kl_baseline": None},
+        )
+    if options.kl_baseline in ("leave_one_out", "group_mean") and advantage.estimator == "gae" and in_reward:
+        yield Problem(
+            f"kl_baseline={options.kl_baseline!r} with gae, whose critic is the baseline already: leave it out",
+            {"kl_baseline": None},
+        )
+    gamma, with_critic = openrlhf_gamma(args), advantage.estimator == "gae"
+    if options.kl_credit == "sequence" and in_reward and (with_critic or gamma != 1):
+        yield Problem(
+            f"kl_credit='sequence' in the reward with --algo.advantage.estimator {advantage.estimator} and gamma "
+            f"{gamma:g}: the sum stands at the last token, and only undiscounted returns without a critic hand it to "
+            "all tokens alike; leave kl_credit out (with gae), or use --algo.advantage.gamma 1",
+            ({"kl_credit": None} if with_critic else {}) | ({"algo.advantage.gamma": 1.0} if gamma != 1 else {}),
         )
     if options.kl_leave_out_equal_rewards and samples < 2:
         yield Problem(

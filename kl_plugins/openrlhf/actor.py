@@ -136,6 +136,7 @@ def terms_of(plan: Plan, experience: Any, log_probs: Tensor, log_probs_base: Ten
         mask=experience.action_mask,
         behavior_logp=experience.action_log_probs if behavior is None else behavior,
         baseline=None if plan.spec.baseline is None else experience.kl,
+        group_size=plan.group_size,
         **left_out_of(plan, experience),
     )
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kl_plugins.core.advantages import token_penalty
+from kl_plugins.core.advantages import as_costs, token_penalty
+from kl_plugins.core.baseline import group_share
 from kl_plugins.core.controllers import Controller
 from kl_plugins.core.metrics import next_beta
 from kl_plugins.core.terms import leave_one_out_baseline
@@ -35,7 +36,8 @@ def make_experience(host: Host) -> Host:
     """`RemoteExperienceMaker.make_experience`: its per-token KL, a negative reward, is that of the plan.
 
     (B, T), unclamped, 0 at masked positions. OpenRLHF sums it from each token on (`credit="to_go"`), for GAE through
-    the critic. The reference's log-probs stay with the experience, also those of OpenRLHF's own KL in the reward.
+    the critic; with `credit="sequence"` all of it stands where the reward does, at the last token. The reference's
+    log-probs stay with the experience, also those of OpenRLHF's own KL in the reward.
     """
 
     def make(maker: Any, samples_list: list[Any]) -> list[Any]:
@@ -53,30 +55,29 @@ def make_experience(host: Host) -> Host:
 
 
 def compute_advantages_and_returns(host: Host) -> Host:
-    """`RemoteExperienceMaker.compute_advantages_and_returns`, and then the leave-one-out baseline of the KL.
+    """`RemoteExperienceMaker.compute_advantages_and_returns`, with the KL's baseline.
 
-    In the reward it joins the advantages, after OpenRLHF has normalized the rewards by group (arXiv 2601.10201) and
-    the advantages by batch; for a KL in the loss it travels to the actor, which subtracts it from the coefficients.
+    In the reward it is subtracted from what the tokens cost, as OpenRLHF subtracts the reward's, so that whatever
+    OpenRLHF does next (it centres some advantages over the batch, and divides them by their deviation) is done to both
+    alike. For a KL in the loss it travels to the actor, which subtracts it from the coefficients.
     """
 
     def compute(maker: Any, experiences: list[Any]) -> list[Any]:
         plan = plan_of(maker.args)
-        experiences = host(maker, experiences)
         if not isinstance(plan, Plan):
+            return host(maker, experiences)  # type: ignore[no-any-return]
+        if plan.in_reward:
+            share = _subtract_baseline(plan, experiences)
+            experiences = host(maker, experiences)
+            scale = share * (_normalization(maker, experiences) if plan.normalized else 1.0)
+            for experience in experiences:
+                experience.info[SCALE] = torch.full((len(experience.sequences),), scale)
             return experiences
+        experiences = host(maker, experiences)
         if plan.leave_out_equal_rewards:
             _mark_equal_rewards(plan, experiences)
-        baselines = _baselines(plan, experiences)
-        if not plan.in_reward:
-            for experience, baseline in zip(experiences, baselines, strict=True):
-                experience.kl = baseline
-            return experiences
-        scale = _normalization(maker, experiences) if plan.normalized else 1.0
-        beta = float(maker.kl_ctl.value)
-        for experience, baseline in zip(experiences, baselines, strict=True):
-            experience.info[SCALE] = torch.full((len(experience.sequences),), scale)
-            if baseline is not None:
-                experience.advantages = experience.advantages + beta * scale * baseline
+        for experience, baseline in zip(experiences, _baselines(plan, experiences), strict=True):
+            experience.kl = baseline
         return experiences
 
     return compute
@@ -192,6 +193,15 @@ def _charging(plan: Plan, samples_list: list[Any]) -> AbstractContextManager[Non
         return token_penalty(plan.spec, terms_of(plan, batch, log_probs, log_probs_base))
 
     return answering(cost, expected=len(samples_list) if plan.in_reward else 0)
+
+
+def _subtract_baseline(plan: Plan, experiences: list[Any]) -> float:
+    """From what the tokens of each experience cost. Returns by what is left of a nat: `group_share`."""
+    share = group_share(plan.spec.baseline, plan.group_size)
+    for experience, baseline in zip(experiences, _baselines(plan, experiences), strict=True):
+        if baseline is not None:
+            experience.kl = share * (experience.kl - as_costs(baseline, mask=experience.action_mask.bool()))
+    return share
 
 
 def _baselines(plan: Plan, experiences: list[Any]) -> list[Tensor | None]:

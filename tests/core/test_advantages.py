@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kl_plugins import KLSpec, kl_terms
-from kl_plugins.core.advantages import refresh_advantages, token_penalty
+from kl_plugins.core.advantages import as_costs, refresh_advantages, token_penalty
 
 SPEC = KLSpec.from_name("k1_in_reward")
 
@@ -40,6 +40,24 @@ def test_what_a_token_costs_is_its_own_coefficient():
     bounded = token_penalty(replace(k3, coefficient_bound=7.0), large)
     assert torch.equal(bounded, torch.where(mask, 7.0, 0.0).double())  # a masked token costs nothing
     assert token_penalty(k3, large).max() > 1e20
+
+
+def test_undiscounted_returns_of_costs_are_the_coefficients_that_they_were_made_of():
+    generator = torch.Generator().manual_seed(1)
+    coefficient = torch.randn(64, 6, dtype=torch.float64, generator=generator)
+    mask = torch.rand(64, 6, generator=generator) < 0.6  # with gaps, ends and rows without any token
+    costs = as_costs(coefficient, mask=mask)
+    torch.testing.assert_close(returns(costs, 1.0)[mask], coefficient[mask])
+    assert torch.equal(costs[~mask], torch.zeros_like(costs)[~mask])
+    assert (returns(costs, 0.9) - coefficient)[mask].abs().max() > 0.1
+
+
+def test_with_credit_sequence_the_whole_sum_stands_at_the_last_counted_token():
+    (now, _), _, mask = batch()
+    spec = replace(SPEC, credit="sequence")
+    costs = token_penalty(spec, now)
+    last = mask & ~torch.nn.functional.pad(mask, (0, 1))[:, 1:]
+    torch.testing.assert_close(costs, torch.where(last, now.log_ratio.sum(-1, keepdim=True), 0.0))
 
 
 @pytest.mark.parametrize("discount", [1.0, 0.9])

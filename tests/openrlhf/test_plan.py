@@ -17,6 +17,7 @@ from kl_plugins.openrlhf.plan import OpenRLHFOptions, check_options, plan_of, pl
 from kl_plugins.patching import ALLOW_UNTESTED
 
 GRPO = ("--algo.advantage.estimator", "group_norm")
+RLOO = ("--algo.advantage.estimator", "rloo")
 REINFORCE = ("--algo.advantage.estimator", "reinforce")
 
 
@@ -24,11 +25,15 @@ REINFORCE = ("--algo.advantage.estimator", "reinforce")
     ("flags", "options", "in_loss", "spec"),
     [
         (GRPO, {"kl": "k2_as_loss"}, True, {"credit": "token", "baseline": None, "gradient_of": "local_reverse_kl"}),
-        (GRPO, {"kl": "k1_in_reward"}, False, {"credit": "to_go", "baseline": "leave_one_out", "clip": "combined"}),
-        (GRPO, {"kl": "k1_in_reward", "kl_placement": "loss"}, True, {"baseline": "leave_one_out", "clip": None}),
-        (GRPO, {"kl": "k1_in_reward", "kl_baseline": "none"}, False, {"baseline": None}),
-        (REINFORCE, {"kl": "k1_in_reward"}, False, {"baseline": None, "gradient_of": "reverse_kl"}),
-        ((), {"kl": "k1_in_reward"}, False, {"baseline": None, "gamma": 1.0}),  # gae
+        (GRPO, {"kl": "k1_in_reward"}, False, {"credit": "sequence", "baseline": "group_mean", "clip": "combined"}),
+        (RLOO, {"kl": "k1_in_reward"}, False, {"credit": "sequence", "baseline": "leave_one_out"}),
+        (GRPO, {"kl": "k1_in_reward", "kl_placement": "loss"}, True, {"baseline": "group_mean", "clip": None}),
+        (GRPO, {"kl": "k1_in_reward", "kl_baseline": "none"}, False, {"credit": "sequence", "baseline": None}),
+        (GRPO, {"kl": "k1_in_reward", "kl_credit": "to_go"}, False, {"credit": "to_go", "baseline": "group_mean"}),
+        (RLOO, {"kl": "k2_in_reward", "kl_allow_biased": True}, False, {"baseline": "leave_one_out"}),
+        (REINFORCE, {"kl": "k1_in_reward"}, False, {"credit": "to_go", "baseline": None}),
+        (REINFORCE, {"kl": "k1_in_reward", "kl_credit": "sequence"}, False, {"credit": "sequence", "baseline": None}),
+        ((), {"kl": "k1_in_reward"}, False, {"credit": "to_go", "baseline": None, "gamma": 1.0}),  # gae
         (GRPO, {"kl": "k3_as_loss"}, True, {"coefficient_bound": 1e6}),
         (REINFORCE, {"kl": "k2_in_reward", "kl_allow_biased": True}, False, {"gradient_of": "biased"}),
         (
@@ -72,10 +77,17 @@ def test_the_discount_is_the_hosts(planned):
         (GRPO, {"kl": "k2_as_loss", "kl_clip": "combined"}, "use kl_placement='reward'"),
         (REINFORCE, {"kl": "k1_in_reward", "kl_off_policy": "prefix"}, "not used in the reward"),
         (REINFORCE, {"kl": "k1_in_reward", "kl_gamma": 0.5}, "not used in the reward"),
-        (REINFORCE, {"kl": "k1_in_reward", "kl_credit": "sequence"}, "credit 'to_go'"),
+        (RLOO, {"kl": "k1_in_reward", "kl_credit": "token"}, "credit 'to_go' or 'sequence'"),
+        ((), {"kl": "k1_in_reward", "kl_credit": "sequence"}, r"gae and gamma 1: .*leave kl_credit out \(with gae\)"),
+        (
+            (*REINFORCE, "--algo.advantage.gamma", "0.9"),
+            {"kl": "k1_in_reward", "kl_credit": "sequence"},
+            "reinforce and gamma 0.9: .*use --algo.advantage.gamma 1",
+        ),
         ((*REINFORCE, "--algo.advantage.gamma", "0.9"), {"kl": "k1_in_reward"}, "; use --algo.advantage.gamma 1 "),
         (("--algo.advantage.gamma", "0.9"), {"kl": "k1_in_reward"}, "; use --algo.advantage.gamma 1 "),
         ((), {"kl": "k1_in_reward", "kl_baseline": "leave_one_out"}, "whose critic is the baseline"),
+        ((), {"kl": "k1_in_reward", "kl_baseline": "group_mean"}, "'group_mean' with gae, whose critic"),
         (
             (*REINFORCE, "--rollout.n_samples_per_prompt", "1"),
             {"kl": "k2_as_loss", "kl_baseline": "leave_one_out"},
@@ -148,7 +160,8 @@ def test_options_that_no_flag_can_mend_are_refused_without_any(options, message)
         {"kl": "k2_as_loss"},
         {"kl": "k1_in_reward"},
         {"kl": "k1_as_loss", "kl_allow_biased": True},
-        {"kl": "k1_in_reward", "kl_baseline": "leave_one_out"},  # where there are groups
+        {"kl": "k1_in_reward", "kl_baseline": "group_mean"},  # where there are groups
+        {"kl": "k1_in_reward", "kl_credit": "sequence"},  # and returns that aren't discounted
     ],
 )
 def test_options_that_may_be_right_are_left_to_the_flags(options):

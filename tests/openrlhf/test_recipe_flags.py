@@ -17,7 +17,7 @@ from kl_plugins.openrlhf.plan import plan_run
 ALGORITHMS = {
     "grpo": ("group_norm", "k2_as_loss", None),
     "reinforce++": ("reinforce", "k1_in_reward", None),
-    "reinforce++-baseline": ("reinforce_baseline", "k1_in_reward", "leave_one_out"),
+    "reinforce++-baseline": ("reinforce_baseline", "k1_in_reward", "group_mean"),
     "rloo": ("rloo", "k1_in_reward", "leave_one_out"),
     "ppo": ("gae", "k1_in_reward", None),
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny_openrlhf import FLAGS, experience, experience_maker, parse, step
+from tiny_openrlhf import FLAGS, make_experiences, parse, step
 from transformers import AutoModelForCausalLM
 
+from kl_plugins import kl_terms
 from kl_plugins.core.terms import leave_one_out_baseline
 from kl_plugins.openrlhf import actor
 from kl_plugins.patching import Patching, load_patches
@@ -33,26 +36,6 @@ def rollout(*, rows=8, length=5, spread=1.0, seed=0, rewards=True):
     return sequences, mask, reward, logp, ref_logp, values
 
 
-def make(args, batch, *, micro=(4, 4), order=None, kl_coef=BETA):
-    """Experiences of `batch`, split into micro-batches of the given sizes, rows in the given order."""
-    sequences, mask, reward, logp, ref_logp, values = batch
-    order = torch.arange(len(sequences)) if order is None else torch.tensor(order)
-    parts = order.split(list(micro))
-    samples = []
-    for rows in parts:
-        one = experience(args, sequences[rows], mask[rows], rewards=reward[rows], index=rows.tolist())
-        one.action_log_probs = one.base_action_log_probs = one.advantages = None
-        one.info = {"reward": reward[rows]}
-        samples.append(one)
-    scored = {
-        "logp": [logp[rows] for rows in parts],
-        "ref_logp": [ref_logp[rows] for rows in parts],
-        "values": [values[rows] for rows in parts] if args.algo.advantage.estimator == "gae" else None,
-    }
-    with experience_maker(args, **scored, kl_coef=kl_coef) as maker:
-        return maker.compute_advantages_and_returns(maker.make_experience(samples))
-
-
 def joined(experiences, name):
     """(rows, T) of a field, in the order of the prompts."""
     rows = torch.tensor([i for e in experiences for i in e.index])
@@ -63,9 +46,9 @@ def joined(experiences, name):
 def test_identity_with_openrlhfs_own_k1_where_it_does_not_clamp(planned, estimator):
     batch = rollout()
     flags = ("--algo.advantage.estimator", estimator)
-    stock = make(parse(*FLAGS, *flags), batch)
+    stock = make_experiences(parse(*FLAGS, *flags), batch)
     with Patching(load_patches("openrlhf")):
-        found = make(planned(*flags, kl="k1_in_reward", kl_baseline="none"), batch)
+        found = make_experiences(planned(*flags, kl="k1_in_reward", kl_credit="to_go", kl_baseline="none"), batch)
     for name in ("advantages", "returns"):
         torch.testing.assert_close(joined(found, name), joined(stock, name))
     assert (batch[3] - batch[4]).abs().max() < 10  # or there would be nothing to agree about
@@ -77,57 +60,102 @@ def test_beyond_the_hosts_clamp_the_cost_goes_on_and_masked_tokens_cost_nothing(
     _, mask, reward, logp, ref_logp, _ = batch
     u = (logp - ref_logp) * mask
     assert u.abs().max() > 20
-    found = make(args, batch)
+    found = make_experiences(args, batch)
     returned = torch.cat([e.info["return"] for e in found])
     torch.testing.assert_close(returned, reward - BETA * u.sum(-1))
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "group_norm", "dr_grpo", "reinforce_baseline"])
-@pytest.mark.parametrize("micro", [(8,), (4, 4), (3, 5)], ids=str)
-def test_group_estimators_get_a_leave_one_out_baseline_from_whole_groups(planned, hooked, estimator, micro):
-    flags = ("--algo.advantage.estimator", estimator)
+@pytest.mark.parametrize("credit", ["sequence", "to_go"])
+@pytest.mark.parametrize("baseline", ["auto", "leave_one_out", "group_mean"])
+@pytest.mark.parametrize("micro", [(8,), (3, 5)], ids=str)
+def test_group_estimators_get_their_baseline_from_whole_groups(planned, hooked, estimator, credit, baseline, micro):
+    """The advantages are those without a KL less beta times the coefficients, and then normalized by the host."""
+    args = planned(
+        *("--algo.advantage.estimator", estimator), kl="k1_in_reward", kl_credit=credit, kl_baseline=baseline
+    )
     batch = rollout()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3)).tolist()
     now = 0.3  # what a controller has made of --algo.kl.init_coef
-    found = make(planned(*flags, kl="k1_in_reward"), batch, micro=micro, order=order, kl_coef=now)
-    without = planned(*flags, kl="k1_in_reward", kl_baseline="none")
-    plain = make(without, batch, micro=micro, order=order, kl_coef=now)
-    scale = plain[0].info[actor.SCALE][0].item()
-    assert (scale == 1) is (estimator != "reinforce_baseline")
+    found = make_experiences(args, batch, micro=micro, order=order, kl_coef=now)
+    without = joined(make_experiences(args, batch, micro=micro, order=order, kl_coef=0.0), "returns")
     _, mask, _, logp, ref_logp, _ = batch
-    spec = planned(*flags, kl="k1_in_reward").kl_plugins.spec
-    wanted = leave_one_out_baseline(spec, logp=logp, ref_logp=ref_logp, mask=mask, group_size=GROUP) * mask
-    assert wanted.abs().max() > 0.1
-    torch.testing.assert_close(joined(found, "advantages"), joined(plain, "advantages") + now * scale * wanted)
+    spec = args.kl_plugins.spec
+    own = "leave_one_out" if estimator == "rloo" else "group_mean"
+    assert spec.baseline == (own if baseline == "auto" else baseline)
+    terms = kl_terms(spec, logp=logp, ref_logp=ref_logp, mask=mask, group_size=GROUP)
+    plain = kl_terms(replace(spec, baseline=None), logp=logp, ref_logp=ref_logp, mask=mask)
+    assert (terms.coefficient - plain.coefficient).abs().max() > 0.1
+    wanted = without - now * terms.coefficient
+    share = 1 - 1 / GROUP if spec.baseline == "group_mean" else 1
+    scale = found[0].info[actor.SCALE][0].item()
+    if estimator == "reinforce_baseline":
+        counted = wanted[mask.bool()]
+        wanted = (wanted - counted.mean()) / counted.std(correction=0) * mask
+        assert scale == pytest.approx(share / counted.std(correction=0).item(), rel=1e-4)
+    else:
+        assert scale == share
+    torch.testing.assert_close(joined(found, "advantages"), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "options"),
+    [
+        ("rloo", {}),
+        ("dr_grpo", {}),
+        ("reinforce_baseline", {}),
+        ("reinforce", {"kl_credit": "sequence"}),
+    ],
+)
+def test_the_kl_is_treated_as_the_reward(planned, hooked, estimator, options):
+    """The advantages are OpenRLHF's own, without any KL, for the reward R - beta U, U a completion's log-ratio."""
+    flags = ("--algo.advantage.estimator", estimator)
+    sequences, mask, reward, logp, ref_logp, values = batch = rollout()
+    ref_logp[:GROUP] += 1  # one prompt is further from the reference than the other
+    whole = reward - BETA * ((logp - ref_logp) * mask).sum(-1)
+    args = planned(*flags, kl="k1_in_reward", **options)
+    wanted = make_experiences(args, (sequences, mask, whole, logp, ref_logp, values), kl_coef=0.0)
+    found = make_experiences(args, batch, micro=(3, 5))
+    for name in ("advantages", "returns"):
+        torch.testing.assert_close(joined(found, name), joined(wanted, name), rtol=1e-4, atol=1e-5)
+    for twin in ({"kl_credit": "to_go"}, *([{"kl_baseline": "none"}] if args.kl_plugins.spec.baseline else [])):
+        other = make_experiences(planned(*flags, kl="k1_in_reward", **options | twin), batch)
+        assert (joined(other, "advantages") - joined(wanted, "advantages")).abs().max() > 0.01
 
 
 def test_a_baseline_for_a_term_in_the_loss_travels_to_the_actor(planned, hooked):
     args = planned("--algo.advantage.estimator", "group_norm", kl="k2_as_loss", kl_baseline="leave_one_out")
     batch = rollout()
-    found = make(args, batch, micro=(3, 5))
+    found = make_experiences(args, batch, micro=(3, 5))
     _, mask, _, logp, ref_logp, _ = batch
     wanted = leave_one_out_baseline(args.kl_plugins.spec, logp=logp, ref_logp=ref_logp, mask=mask, group_size=GROUP)
     torch.testing.assert_close(joined(found, "kl"), wanted * mask)
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("credit", "flags"),
     [
-        ("--algo.advantage.estimator", "gae", "--algo.advantage.lambd", "0.9"),
-        ("--algo.advantage.estimator", "reinforce"),
-        ("--algo.advantage.estimator", "reinforce", "--algo.advantage.gamma", "0.8"),
-        ("--algo.advantage.estimator", "reinforce_baseline"),
-        ("--algo.advantage.estimator", "group_norm"),
+        ("to_go", ("--algo.advantage.estimator", "gae", "--algo.advantage.lambd", "0.9")),
+        ("to_go", ("--algo.advantage.estimator", "reinforce")),
+        ("to_go", ("--algo.advantage.estimator", "reinforce", "--algo.advantage.gamma", "0.8")),
+        ("to_go", ("--algo.advantage.estimator", "reinforce_baseline")),
+        ("to_go", ("--algo.advantage.estimator", "group_norm")),
+        ("sequence", ("--algo.advantage.estimator", "reinforce")),
+        ("sequence", ("--algo.advantage.estimator", "reinforce_baseline")),
+        ("sequence", ("--algo.advantage.estimator", "group_norm")),
     ],
-    ids=lambda flags: "-".join(flags[1::2]),
+    ids=lambda words: words if isinstance(words, str) else "-".join(words[1::2]),
 )
-def test_later_updates_see_the_log_ratios_of_the_policy_they_update(make_actor, planned, hooked, covers, flags):
+def test_later_updates_see_the_log_ratios_of_the_policy_they_update(
+    make_actor, planned, hooked, covers, flags, credit
+):
     """The advantages reaching the loss are those that OpenRLHF would compute from the current policy's log-ratios."""
-    covers("openrlhf", "RemoteExperienceMaker", "k1_in_reward to_go")
-    args = planned(*flags, kl="k1_in_reward", kl_baseline="none", kl_allow_biased="0.8" in flags)
+    covers("openrlhf", "RemoteExperienceMaker", f"k1_in_reward {credit}")
+    options = {"kl_credit": credit, "kl_baseline": "none", "kl_allow_biased": "0.8" in flags}
+    args = planned(*flags, kl="k1_in_reward", **options)
     batch = rollout()
     sequences, mask, reward, _, ref_logp, values = batch
-    (made,) = make(args, batch, micro=(8,))
+    (made,) = make_experiences(args, batch, micro=(8,))
     trainer = make_actor(args)
     received = []
 
@@ -139,7 +167,7 @@ def test_later_updates_see_the_log_ratios_of_the_policy_they_update(make_actor, 
     made.info[actor.SCALE] = list(made.info[actor.SCALE])  # as the replay buffer hands it on
     step(trainer, made, beta=BETA)
     [(now, advantages)] = received
-    (fresh,) = make(args, (sequences, mask, reward, now, ref_logp, values), micro=(8,))
+    (fresh,) = make_experiences(args, (sequences, mask, reward, now, ref_logp, values), micro=(8,))
     counted = mask.bool()
     found, wanted, stale = (each[counted] for each in (advantages, fresh.advantages, made.advantages))
     if "group_norm" not in flags:  # up to OpenRLHF's own centring and scaling
@@ -157,7 +185,7 @@ def test_equal_rewards_and_a_tiny_kl_are_not_blown_up_by_the_normalization(make_
     sequences, mask, reward, logp, _, values = rollout(rewards=False)
     generator = torch.Generator().manual_seed(5)
     ref_logp = logp + noise * torch.randn(logp.shape, generator=generator)
-    (made,) = make(args, (sequences, mask, reward, logp, ref_logp, values), micro=(8,))
+    (made,) = make_experiences(args, (sequences, mask, reward, logp, ref_logp, values), micro=(8,))
     made.info[actor.SCALE] = list(made.info[actor.SCALE])
     trainer = make_actor(args)
     received = []
@@ -182,7 +210,7 @@ def test_an_unmoved_policy_keeps_its_advantages_also_with_a_baseline(make_actor,
     sequences, mask, reward, _, ref_logp, values = rollout()
     with torch.no_grad():
         logp = trainer.actor(sequences, mask, attention_mask=torch.ones_like(sequences))
-    (made,) = make(args, (sequences, mask, reward, logp, ref_logp, values), micro=(8,))
+    (made,) = make_experiences(args, (sequences, mask, reward, logp, ref_logp, values), micro=(8,))
     made.info[actor.SCALE] = list(made.info[actor.SCALE])
     received = []
 
@@ -200,7 +228,7 @@ def test_an_exponential_cost_is_bounded(planned, hooked):
     options = {"kl": "k3_in_reward", "kl_allow_biased": True, "kl_coefficient_bound": 100.0}
     args = planned("--algo.advantage.estimator", "reinforce", "--algo.advantage.no_std_norm", **options)
     sequences, mask, reward, logp, _, values = rollout()
-    found = make(args, (sequences, mask, reward, logp, logp + 50, values))
+    found = make_experiences(args, (sequences, mask, reward, logp, logp + 50, values))
     returned = torch.cat([e.info["return"] for e in found])
     torch.testing.assert_close(returned, reward - BETA * 100.0 * mask.sum(-1))
 
@@ -244,7 +272,7 @@ def expected_gradient(args, trainer, completions, old, reference):
     args.rollout.n_samples_per_prompt = 1  # every completion by itself: no group, and no normalization
     batch = (sequences, mask, torch.zeros(n), old_logp, ref_logp, torch.zeros(n, mask.size(1)))
     total = 0
-    for one, p in zip(make(args, batch, micro=[1] * n), old_logp.sum(-1).exp().tolist(), strict=True):
+    for one, p in zip(make_experiences(args, batch, micro=[1] * n), old_logp.sum(-1).exp().tolist(), strict=True):
         total = total + step(trainer, one, beta=BETA, tokens=torch.tensor(1 / p))[1].double()
     return total
 

@@ -124,6 +124,7 @@ _CORNERS: dict[str, list[dict[str, Any]]] = {
         {"kl_monitor": True, "kl_clip": "separate", "algo.kl.init_coef": 0.0},
         {"kl": "k1_in_reward", "algo.kl.target": 6.0, "kl_controller": "linear"},
         {"kl": "k2_as_loss", "kl_clip": "combined", "kl_placement": "loss"},
+        {"kl": "k1_in_reward", "kl_credit": "sequence"},
     ],
 }
 """What is so rarely drawn that it is written down."""

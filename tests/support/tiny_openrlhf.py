@@ -86,6 +86,29 @@ def experience_maker(args, *, logp, ref_logp, values=None, kl_coef=0.1):
         )
 
 
+def make_experiences(args, batch, *, micro=(4, 4), order=None, kl_coef=0.1):
+    """What a real experience maker makes of `batch`, split into micro-batches of these sizes, rows in this order.
+
+    `batch` is (sequences, action mask, rewards, log-probs, the reference's, values).
+    """
+    sequences, mask, reward, logp, ref_logp, values = batch
+    order = torch.arange(len(sequences)) if order is None else torch.tensor(order)
+    parts = order.split(list(micro))
+    samples = []
+    for rows in parts:
+        one = experience(args, sequences[rows], mask[rows], rewards=reward[rows], index=rows.tolist())
+        one.action_log_probs = one.base_action_log_probs = one.advantages = None
+        one.info = {"reward": reward[rows]}
+        samples.append(one)
+    scored = {
+        "logp": [logp[rows] for rows in parts],
+        "ref_logp": [ref_logp[rows] for rows in parts],
+        "values": [values[rows] for rows in parts] if args.algo.advantage.estimator == "gae" else None,
+    }
+    with experience_maker(args, **scored, kl_coef=kl_coef) as maker:
+        return maker.compute_advantages_and_returns(maker.make_experience(samples))
+
+
 ROWS, PROMPT, LENGTH = 8, 4, 6  # of `made_up`
 
 
