@@ -47,8 +47,8 @@ _WITHOUT_ITSELF = Treatment(
 )
 _STANDARDIZED = replace(
     _WITH_THE_MEAN,
-    why="{host} hands each completion's reward, less its group's mean and divided by its deviation, to all tokens; the "
-    "KL gets the same but for the division, so that beta counts nats against rewards of deviation 1",
+    why="{host} hands each completion's reward, less its group's mean and over its deviation, to all tokens; the KL "
+    "gets the same but isn't divided, so that beta counts nats against rewards of deviation 1",
 )
 _WITH_A_CRITIC = Treatment(
     credit="to_go",

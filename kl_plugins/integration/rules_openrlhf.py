@@ -43,7 +43,7 @@ def _watched_problems(options: OpenRLHFOptions, args: Any) -> Iterator[Problem]:
     changed = options.changed_kl_options()
     if not options.kl_monitor:
         yield Problem(
-            "no KL was named: give one, e.g. --kl k2_as_loss, or --kl-monitor to watch OpenRLHF's own, or start "
+            "no KL was named: give one, e.g. --kl reverse_kl, or --kl-monitor to watch OpenRLHF's own, or start "
             "OpenRLHF itself",
             dict.fromkeys(changed),
         )
@@ -52,7 +52,7 @@ def _watched_problems(options: OpenRLHFOptions, args: Any) -> Iterator[Problem]:
         if name != "kl_monitor":
             yield Problem(
                 f"{name}={getattr(options, name)!r}, but no KL was named, and kl_monitor leaves OpenRLHF's own as it "
-                "is: name one, e.g. --kl k2_as_loss, or leave the option out",
+                "is: name one, e.g. --kl reverse_kl, or leave the option out",
                 {name: None},
             )
     if args is not None and not args.algo.kl.init_coef > 0:

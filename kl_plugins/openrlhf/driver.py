@@ -186,6 +186,7 @@ def _what_is_computed(plan: Plan) -> list[str]:
     how = "OpenRLHF's own ratio and clip" if plan.in_reward else f"off_policy={spec.off_policy}"
     biased = " (allowed by kl_allow_biased)" if spec.gradient_of in ("zero", "biased") else ""
     return [
+        *([plan.picked] if plan.picked else []),
         f"{spec.name} in the {_where(plan)}: credit={spec.credit}, {how}, baseline={spec.baseline}",
         f"expected gradient: {spec.gradient_of}{biased}",
         *(f"BIASED (allowed by kl_allow_biased): {problem}" for problem in plan.waived),

@@ -49,6 +49,8 @@ class Plan(RunPlan):
     """Tokens without a KL of their own."""
     leave_out_equal_rewards: bool
     """Whether groups of equal rewards have no KL."""
+    picked: str
+    """What `reverse_kl` picked, and why; empty if the configuration was named."""
     waived: tuple[str, ...]
     """What is wrong with the run, but was let through by `kl_allow_biased`."""
 
@@ -105,12 +107,13 @@ def plan_kl(options: OpenRLHFOptions, args: Any) -> Plan:
         controller=options.controller(float(args.algo.kl.init_coef)).spec,
         left_out=left_out,
         leave_out_equal_rewards=options.kl_leave_out_equal_rewards,
+        picked=options.kl_choice(args).sentence,
         waived=tuple(problem.says for problem in problems),
         version=__version__,
     )
     args.algo.kl.use_loss = not plan.in_reward
     args.algo.kl.unbiased_gradient = False
-    args.algo.kl.estimator = f"kl_plugins:{options.kl}"
+    args.algo.kl.estimator = f"kl_plugins:{spec.name}"
     return plan
 
 

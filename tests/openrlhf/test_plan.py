@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -47,9 +48,38 @@ REINFORCE = ("--algo.advantage.estimator", "reinforce")
 def test_what_a_plan_sets(planned, flags, options, in_loss, spec):
     args = planned(*flags, **options)
     assert args.algo.kl.use_loss is in_loss
-    assert args.algo.kl.estimator == f"kl_plugins:{options['kl']}"
+    assert args.algo.kl.estimator == f"kl_plugins:{args.kl_plugins.spec.name}"
     assert plan_of(args) is args.kl_plugins
     assert {name: getattr(args.kl_plugins.spec, name) for name in spec} == spec
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "picked", "because"),
+    [
+        (RLOO, {}, "kl_credit='sequence', kl_baseline='leave_one_out'", "less the mean of its group's others"),
+        (GRPO, {}, "kl_credit='sequence', kl_baseline='group_mean'", "nats against rewards of deviation 1"),
+        (
+            ("--algo.advantage.estimator", "dr_grpo"),
+            {},
+            "kl_credit='sequence', kl_baseline='group_mean'",
+            "keeps the b",
+        ),
+        ((), {}, "kl_credit='to_go', kl_baseline=None", "what its critic expects"),
+        (REINFORCE, {}, "kl_credit='to_go', kl_baseline=None", "sums rewards from each token on"),
+        (RLOO, {"kl_credit": "to_go"}, "kl_baseline='leave_one_out'", "It left kl_credit='to_go' as set"),
+        (RLOO, {"kl_placement": "loss"}, "kl_credit='sequence'", "less the mean of its group's others"),
+    ],
+)
+def test_what_reverse_kl_picks_can_be_written_by_hand_and_is_said(planned, flags, options, picked, because):
+    plan = planned(*flags, kl="reverse_kl", **options).kl_plugins
+    by_hand = planned(*flags, kl="k1_in_reward", **options).kl_plugins
+    assert plan == replace(by_hand, picked=plan.picked)
+    assert plan.picked.startswith("kl='reverse_kl' picked kl='k1_in_reward', ")
+    assert picked in plan.picked
+    assert because in plan.picked
+    assert plan.picked in driver.describe(plan)
+    assert by_hand.picked == ""
+    assert "picked" not in driver.describe(by_hand)
 
 
 def test_the_discount_is_the_hosts(planned):
@@ -346,8 +376,9 @@ class TestLauncher:
         assert started[0]["worker_process_setup_hook"] == worker.SETUP_HOOK
 
     def test_dry_run_stops_before_ray_starts(self, launch):
-        result, started = launch("--kl", "k1_in_reward", "--dry-run", "--", *FLAGS, *GRPO)
+        result, started = launch("--kl", "reverse_kl", "--dry-run", "--", *FLAGS, *GRPO)
         assert (result.exit_code, started) == (0, [])
+        assert "kl='reverse_kl' picked kl='k1_in_reward', kl_credit='sequence'" in result.output
         assert "expected gradient: reverse_kl" in result.output
         assert "watched" not in result.output
 
