@@ -31,17 +31,17 @@ RECIPES=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 command -v kl-plugins >/dev/null || PATH=$RECIPES/../.venv/bin:$PATH
 OUT=${OUT:-runs/openrlhf-$ALGO}
 
-# The algorithm: where the advantage comes from, and the KL's place unless --kl names another. kl-plugins sets
-# OpenRLHF's own --algo.kl.use_loss, .estimator and .unbiased_gradient.
+# The algorithm: where the advantage comes from, and so what reverse_kl picks, which is printed at the start. kl-plugins
+# sets OpenRLHF's own --algo.kl.use_loss, .estimator and .unbiased_gradient.
 case $ALGO in
-  grpo)                 FLAGS=(--algo.advantage.estimator group_norm) DEFAULT=k2_as_loss ;;
-  reinforce++)          FLAGS=(--algo.advantage.estimator reinforce) DEFAULT=k1_in_reward ;;
-  reinforce++-baseline) FLAGS=(--algo.advantage.estimator reinforce_baseline) DEFAULT=k1_in_reward ;;
-  rloo)                 FLAGS=(--algo.advantage.estimator rloo) DEFAULT=k1_in_reward ;;
-  ppo)                  FLAGS=(--algo.advantage.estimator gae) DEFAULT=k1_in_reward ;;
+  grpo)                 FLAGS=(--algo.advantage.estimator group_norm) ;;
+  reinforce++)          FLAGS=(--algo.advantage.estimator reinforce) ;;
+  reinforce++-baseline) FLAGS=(--algo.advantage.estimator reinforce_baseline) ;;
+  rloo)                 FLAGS=(--algo.advantage.estimator rloo) ;;
+  ppo)                  FLAGS=(--algo.advantage.estimator gae) ;;
   *)                    usage ;;
 esac
-case " ${KL[*]-} " in *" --kl "* | *" --kl="*) ;; *) KL=(--kl "$DEFAULT" "${KL[@]}") ;; esac
+case " ${KL[*]-} " in *" --kl "* | *" --kl="*) ;; *) KL=(--kl reverse_kl "${KL[@]}") ;; esac
 
 # vLLM's own log-probs reach the loss only with this; the policy term is weighted by the ratio, truncated at 2.
 FLAGS+=(
@@ -70,7 +70,7 @@ case $WHERE in
       --ds.zero_stage 2
       --data.max_samples 1024 --data.max_len 32 --rollout.max_new_tokens 8
       --rollout.batch_size 64 --rollout.n_samples_per_prompt 8 --rollout.micro_batch_size 128
-      # 16 rollouts, 8 updates on each: from the second one on it is off-policy, and the KL's weights have work to do
+      # 16 rollouts, 8 updates on each: from the second one on it is off-policy, and the KL is brought up to date
       --train.batch_size 128 --train.micro_batch_size 64 --train.max_epochs 2
       --actor.adam.lr 3e-4 --actor.lr_warmup_ratio 0.1 --critic.adam.lr 1e-3
       --algo.kl.init_coef 0.02

@@ -1,8 +1,8 @@
 """In the driver: the launcher, and the hook through which Ray's own `ray.init` lets us in.
 
-    kl-plugins openrlhf --kl k2_as_loss -- <train_ppo_ray flags>
+    kl-plugins openrlhf --kl reverse_kl -- <train_ppo_ray flags>
 
-    KL_PLUGINS_OPENRLHF="--kl k2_as_loss" RAY_RUNTIME_ENV_HOOK=kl_plugins.openrlhf.driver.runtime_env_hook \\
+    KL_PLUGINS_OPENRLHF="--kl reverse_kl" RAY_RUNTIME_ENV_HOOK=kl_plugins.openrlhf.driver.runtime_env_hook \\
         python -m openrlhf.cli.train_ppo_ray <flags>
 """
 
@@ -77,7 +77,7 @@ def prepare(options: OpenRLHFOptions, args: Any) -> RunPlan:
     from kl_plugins.openrlhf import OpenRLHFOptions
     from kl_plugins.openrlhf.driver import prepare
 
-    prepare(OpenRLHFOptions(kl="k2_as_loss"), args)
+    prepare(OpenRLHFOptions(kl="reverse_kl"), args)
     train(args)
     ```
 
@@ -162,7 +162,7 @@ def options_from_words(words: str) -> OpenRLHFOptions:
     Raises `ConfigError` for words that are no options, or none at all.
     """
     if not words.strip():
-        raise ConfigError(f'{RAY_HOOK} names kl_plugins, but no KL was chosen: set {OPTIONS}="--kl k2_as_loss"')
+        raise ConfigError(f'{RAY_HOOK} names kl_plugins, but no KL was chosen: set {OPTIONS}="--kl reverse_kl"')
     options: OpenRLHFOptions = parse_flags(words, OpenRLHFOptions, of=OPTIONS)
     return options
 

@@ -15,7 +15,7 @@ from kl_plugins.openrlhf.driver import options_from_words
 from kl_plugins.openrlhf.plan import plan_run
 
 ALGORITHMS = {
-    "grpo": ("group_norm", "k2_as_loss", None),
+    "grpo": ("group_norm", "k1_in_reward", "group_mean"),
     "reinforce++": ("reinforce", "k1_in_reward", None),
     "reinforce++-baseline": ("reinforce_baseline", "k1_in_reward", "group_mean"),
     "rloo": ("rloo", "k1_in_reward", "leave_one_out"),
