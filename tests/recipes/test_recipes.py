@@ -45,16 +45,18 @@ def test_all_are_tested_here():
     Elsewhere: tests/openrlhf/test_run_*.py, tests/ppo, and here test_scoreboard.py and test_reward_hacking.py.
     """
     here = ["compare.py", "gradients.py", "grpo.py", "make_math_model.py", "openrlhf_math.py", "rloo.py"]
+    here += ["real_model.py", "real_model_gpu.sh"]
     here += [f"benchmarks/{name}.py" for name in ("exact_kl", "monitor", "openrlhf_step", "trl_step")]
     elsewhere = ["known_optimum.py", "openrlhf.sh", "ppo.py", "reward_hacking.py", "scoreboard/scoreboard.py"]
     parts = ["benchmarks/harness.py", "openrlhf_cpu/shim.py", "openrlhf_cpu/sitecustomize.py"]
     parts += [f"evidence/{name}.py" for name in ("intervals", "openrlhf_host", "openrlhf_trainer", "runs", "tables")]
+    parts += ["evidence/real_task.py"]
     parts += [f"evidence/{name}.py" for name in ("markov_model", "ppo_trainer", "trl_regimes", "trl_trainers")]
     parts += [f"evidence/{name}.py" for name in ("hack_picture", "hack_runs", "hack_task")]
     parts += [f"scoreboard/{name}.py" for name in ("frameworks", "language_model", "pages", "worker")]
     found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.[ps][yh]")]
     assert sorted(found) == sorted(here + elsewhere + parts)
-    assert len(here + elsewhere) == 15
+    assert len(here + elsewhere) == 17
     assert [path.name for path in RECIPES.rglob("*.yaml")] == ["grpo.yaml"]
 
 
@@ -168,3 +170,51 @@ def test_benchmark(folder):
     start("benchmarks/trl_step.py", "--vocabulary", 5000, "--rows", 4, "--tokens", 64, "--steps", 2, folder=folder)
     result = json.loads((folder / "runs" / "benchmark.json").read_text())
     assert result["time_ratio"]["lowest"] <= result["time_ratio"]["median"] <= result["time_ratio"]["highest"]
+
+
+def in_the_place_of_smollm2(folder):
+    math = ["--model_name_or_path", folder / "math", "--dataset", folder / "math" / "train.jsonl", "--hack", 2]
+    return [*math, "--max_completion_length", 4, "--max_steps", 2, "--train_examples", 64, "--eval_examples", 8]
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_real_model_trains_and_audits(folder):
+    options = ["--use_vllm", "false", "--lora", 4, "--output_dir", "runs/real"]
+    said = start("real_model.py", *in_the_place_of_smollm2(folder), *options, folder=folder)
+    assert "before" in said
+    assert len([row for row in rows_of(folder / "runs/real/metrics.jsonl") if "kl/k1" in row]) == 2
+    assert (folder / "runs/real/model/model.safetensors").is_file()  # merged: the audit loads it as any model
+    assert json.loads((folder / "runs/real/audit/audit.json").read_text())["status"] == "complete"
+
+
+def test_real_model_experiments(folder):
+    options = [*in_the_place_of_smollm2(folder), "--experiments", "true", "--output_dir", "runs/arms"]
+    arms = ["--arms", "k2 as loss", "k3 as loss"]
+    start("real_model.py", *options, *arms, "--seeds", 0, folder=folder)
+    first = rows_of(folder / "runs/arms/runs.jsonl")
+    said = start("real_model.py", *options, *arms, "--seeds", 0, 1, "--resume", "true", "--minutes", 30, folder=folder)
+    rows = rows_of(folder / "runs/arms/runs.jsonl")
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for seed in (0, 1) for arm in arms[1:]]
+    assert rows[:2] == first  # kept, not run again
+    for row in rows:
+        assert row["J"] == pytest.approx(row["proxy"] - 0.1 * row["kl"], abs=1e-3)
+    assert "k3 drifts further than k2" in said
+    distances = json.loads((folder / "runs/arms/gradients.json").read_text())
+    assert distances["k1 in reward, token"] < 1e-5 < 1e-3 < distances["k3 as loss"]
+
+
+@pytest.mark.extra
+def test_gpu_protocol(folder):
+    """The whole script, on a CPU: one arm and seed of each part."""
+    options = [*in_the_place_of_smollm2(folder), "--arms", "k2 as loss", "--seeds", 0, "--betas", 0.3, "--jobs", 1]
+    path = os.pathsep.join(filter(None, sys.path))
+    env = dict(os.environ, OUT=str(folder / "gpu"), HF_HUB_OFFLINE="1", PYTHONPATH=path)
+    command = [RECIPES / "real_model_gpu.sh", "60", *options]
+    run = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
+    for part in ("timing", "arms", "stale"):
+        assert len(rows_of(folder / "gpu" / part / "runs.jsonl")) == 1
+        assert "A step took" in (folder / "gpu" / f"{part}.txt").read_text()
