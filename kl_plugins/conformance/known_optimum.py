@@ -125,13 +125,19 @@ def optimum(problem: Problem) -> tuple[Tensor, float]:
 
 def reward_and_kl(logits: Tensor, problem: Problem) -> tuple[float, float]:
     """E[R] and the KL to the reference, in nats, of the policy with these (T, V, V) logits; exact."""
+    reward, kl = worth(logits, problem)
+    return reward.item(), kl.item()
+
+
+def worth(logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """`reward_and_kl` as () tensors that can be differentiated."""
     logp = logits.log_softmax(-1)
     probability = logp.exp()
     reward = kl = torch.zeros_like(logp[0, 0])
     for t in reversed(range(len(logp))):
         reward = (probability[t] * (problem.reward[t] + reward)).sum(-1)
         kl = (probability[t] * (logp[t] - problem.reference[t] + kl)).sum(-1)
-    return reward[0].item(), kl[0].item()
+    return reward[0], kl[0]
 
 
 def share(logits: Tensor, problem: Problem) -> float:
@@ -197,9 +203,8 @@ def train_all(
     """
     _check(problems, batch, group_size, baseline, scale, kl_scale)
     generators = [torch.Generator().manual_seed(1000 + seed) for seed in seeds]
-    reference, reward = (torch.stack([getattr(each, name) for each in problems]) for name in ("reference", "reward"))
-    run = _Run(term, reference, reward, problems[0].beta, batch, group_size, clip_epsilon)
-    logits = (reference if start is None else torch.stack(list(start))).log_softmax(-1)
+    run = _Run(term, problems, batch, group_size, clip_epsilon)
+    logits = (run.reference if start is None else torch.stack(list(start))).log_softmax(-1)
     off = torch.stack(
         [engine_noise * torch.randn(logits[0].shape, dtype=logits.dtype, generator=g) for g in generators]
     )
@@ -216,6 +221,31 @@ def train_all(
             optimizer.step()
             past = [*past, logits.clone()][-(staleness + 1) :]
     return [_judge(*each) for each in zip(problems, logits, largest.tolist(), strict=True)]
+
+
+def gradients(
+    term: Term,
+    problem: Problem,
+    policy: Tensor,
+    *,
+    seeds: Sequence[int],
+    batch: int = 64,
+    group_size: int = 8,
+    baseline: str = "leave_one_out",
+) -> Tensor:
+    """(S, T, V, V) gradients of reward and KL together at a policy, one for each seed: what on-policy training gets.
+
+    Their mean estimates that of -E[R] + beta KL with respect to the (T, V, V) logits `policy`, of which
+    `worth` gives the exact value (with `baseline="group_mean"` 1 - 1/G of it); their spread is the noise.
+    Other arguments and errors are those of `train_all`.
+    """
+    problems = [problem] * len(seeds)
+    _check(problems, batch, group_size, baseline, "none", "none")
+    run = _Run(term, problems, batch, group_size, epsilon=0.2)
+    logits = policy.log_softmax(-1).expand(len(seeds), *policy.shape)
+    rollout = run.roll_out(logits, None, [torch.Generator().manual_seed(1000 + seed) for seed in seeds])
+    advantage = run.advantages(rollout, baseline, torch.ones_like(rollout.outcome))
+    return run.gradient(logits, rollout, advantage, torch.full_like(rollout.outcome, run.beta)[:, None])
 
 
 def _judge(problem: Problem, logits: Tensor, largest: float) -> Trained:
@@ -262,10 +292,10 @@ def _deviation(outcome: Tensor, group_size: int) -> Tensor:
 class _Run:
     """S runs of one term side by side; their tables are (S, T, V, V)."""
 
-    def __init__(
-        self, term: Term, reference: Tensor, reward: Tensor, beta: float, batch: int, group_size: int, epsilon: float
-    ):
-        self.term, self.reference, self.reward, self.beta = term, reference, reward, beta
+    def __init__(self, term: Term, problems: Sequence[Problem], batch: int, group_size: int, epsilon: float):
+        self.term, self.beta = term, problems[0].beta
+        self.reference = torch.stack([each.reference for each in problems])
+        self.reward = torch.stack([each.reward for each in problems])
         self.batch, self.group_size, self.epsilon = batch, group_size, epsilon
         self.inside = term if isinstance(term, KLSpec) and term.clip == "combined" else None
         self.beside = from_spec(term) if isinstance(term, KLSpec) and not self.inside else term
@@ -356,6 +386,7 @@ __all__ = [
     "Problem",
     "Trained",
     "dense",
+    "gradients",
     "hackable",
     "optimum",
     "reward_and_kl",
@@ -363,4 +394,5 @@ __all__ = [
     "terminal",
     "train",
     "train_all",
+    "worth",
 ]

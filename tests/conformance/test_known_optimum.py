@@ -95,6 +95,39 @@ def test_an_exact_kl_trains_as_its_own_gradient_does(problem):
     assert abs(found.share - known.train(KLSpec(name="k2_as_loss"), problem, steps=60).share) < 0.05
 
 
+def squared_bias_over_noise(term, baseline, factor=1.0):
+    """Of the mean of sampled gradients, against `factor` times that of E[R] - beta KL: about 1 if it is unbiased."""
+    problem = known.hackable(length=4, beta=0.3, seed=0, rare=0.1)
+    policy = known.optimum(known.hackable(length=4, beta=0.2, seed=0, rare=0.1))[0].requires_grad_()
+    reward, kl = known.worth(policy, problem)
+    (true,) = torch.autograd.grad(problem.beta * kl - reward, policy)
+    found = known.gradients(term, problem, policy.detach(), seeds=range(1000), group_size=4, baseline=baseline)
+    return float((found.mean(0) - factor * true).square().sum() / (found.var(0).sum() / len(found)))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SEQUENCE,
+        KLSpec(name="k1_in_reward", baseline="leave_one_out"),
+        KLSpec(name="exact_in_reward", baseline="leave_one_out"),
+    ],
+)
+def test_the_whole_gradient_is_that_of_the_objective(spec):
+    assert squared_bias_over_noise(spec, "leave_one_out") < 2
+
+
+def test_with_the_groups_mean_reward_and_kl_are_shrunk_alike_and_beta_is_kept():
+    spec = KLSpec(name="k1_in_reward", credit="sequence", baseline="group_mean")
+    assert squared_bias_over_noise(spec, "group_mean", 0.75) < 2
+
+
+def test_twins_of_the_whole_gradient():
+    """A term with a local gradient, and a KL that isn't shrunk where the reward is, have another one."""
+    assert squared_bias_over_noise(KLSpec(name="k2_as_loss"), "leave_one_out") > 4
+    assert squared_bias_over_noise(SEQUENCE, "group_mean", 0.75) > 4
+
+
 def rloo(factor=1.0):
     """RLOO by hand: the KL in the reward, the mean of the group's others subtracted."""
 
