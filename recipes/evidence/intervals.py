@@ -77,3 +77,19 @@ def judge(claims, console):
         colour = colours[claim.verdict]
         console.print(f"[{colour}]{claim.verdict:>13}[/]  {escape(claim.says)}  ({claim.difference:.3g})")
     return [claim for claim in claims if claim.verdict != "holds"]
+
+
+def leaders(rows, metric="share"):
+    """The arm with the largest mean, and those tied with it: 0 is in the interval of their paired difference."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    best = max(arms, key=lambda arm: of(rows, metric, arm=arm).mean)
+    return best, [arm for arm in arms if arm != best and paired(rows, metric, best, arm).low <= 0]
+
+
+def marked(rows, metric="share", form=".3f"):
+    """arm -> its interval as text: the best one's in bold, and behind those that are tied with it "(tie)"."""
+    best, ties = leaders(rows, metric)
+    said = {row["arm"]: f"{of(rows, metric, arm=row['arm']):{form}}" for row in rows}
+    return {
+        arm: f"**{text}**" if arm == best else f"{text} (tie)" if arm in ties else text for arm, text in said.items()
+    }

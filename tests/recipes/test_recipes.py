@@ -53,6 +53,7 @@ def test_all_are_tested_here():
     parts += ["evidence/real_task.py"]
     parts += [f"evidence/{name}.py" for name in ("markov_model", "ppo_trainer", "trl_regimes", "trl_trainers")]
     parts += [f"evidence/{name}.py" for name in ("hack_picture", "hack_runs", "hack_task")]
+    parts += [f"evidence/{name}.py" for name in ("bare_loop", "fixed_points")]
     parts += [f"scoreboard/{name}.py" for name in ("frameworks", "language_model", "pages", "worker")]
     found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.[ps][yh]")]
     assert sorted(found) == sorted(here + elsewhere + parts)
