@@ -114,7 +114,7 @@ def jobs(quick):
 
 
 def work(job):
-    """Lists of numbers, one for each seed: `share`, `reward`, `kl` and `largest_gradient` of a training, or `noise`."""
+    """Lists of numbers, one for each seed: `share`, `reward`, `kl`, `largest_gradient` of a training; or `noise`."""
     torch.set_num_threads(1)
     if job["part"] == "noise":
         found = [noise(problem_of(job, seed), POINTS[job["regime"]]) for seed in job["seeds"]]
