@@ -130,6 +130,7 @@ PARTS = {
 }
 HOSTS = {
     "RLOO": ("host's own", "reverse_kl"),
+    "OpenRLHF": ("OpenRLHF's own", "OpenRLHF's k3 in loss", "reverse_kl"),
     "GRPO, vLLM": ("host's own", "k3_as_loss", "reverse_kl"),
 }
 QUICK_ARMS = ("no KL", "k1_as_loss", "k3_as_loss", "k2_as_loss", "reverse_kl")

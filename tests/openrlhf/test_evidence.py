@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import runpy
+import sys
 from collections import Counter
+from operator import itemgetter
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from evidence import openrlhf_trainer
+from evidence import openrlhf_hack, openrlhf_trainer
+from evidence.hack_runs import BATCH, HOSTS
+from evidence.hack_task import Task
 from evidence.openrlhf_host import import_openrlhf, parse
 from evidence.openrlhf_trainer import OURS, OWN, REGIMES, jobs, samples, work
 from tiny_openrlhf import FLAGS
 from tiny_trl import make_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl_plugins.openrlhf import OpenRLHFOptions, plan_run
 from kl_plugins.patching.session import active
 
 STEPS = 6
+RECIPES = Path(__file__).parents[2] / "recipes"
 REPORTED = ("--algo.advantage.is_correction_level", "token")
 
 
@@ -149,10 +158,58 @@ def test_openrlhfs_own_rollouts_never_end_at_once_which_the_policy_does_not_know
     assert off[:, 0].min() > 0.01  # the end's probability is the other tokens'
 
 
+@pytest.fixture(scope="module")
+def math_model(tmp_path_factory):
+    """A math model that has hardly learned a thing."""
+    folder = tmp_path_factory.mktemp("math") / "math"
+    words = ["make_math_model.py", "--out", str(folder), "--max_steps", "1"]
+    with mock.patch.object(sys, "argv", words):
+        runpy.run_path(str(RECIPES / "make_math_model.py"), run_name="__main__")
+    return folder
+
+
+def hacked(monkeypatch, folder, arm, steps):
+    """What a run on the proxy comes to, and every completion that it was paid for, with what for."""
+    paid, host = [], openrlhf_hack.samples
+
+    def watched(args, policy, prompts, most, pays):
+        def noted(completions):
+            rewards = pays(completions)
+            paid.extend(zip(prompts.tolist(), completions.tolist(), rewards.tolist(), strict=True))
+            return rewards
+
+        return host(args, policy, prompts, most, noted)
+
+    monkeypatch.setattr(openrlhf_hack, "samples", watched)
+    monkeypatch.setattr(openrlhf_hack, "load_task", lambda part: Task.load(folder, "0", 2.0))
+    job = {"part": "front", "host": "OpenRLHF", "beta": 0.3, "steps": steps, "arm": arm, "seed": 0}
+    return openrlhf_hack.work(job), paid
+
+
+@pytest.mark.slow
+def test_the_proxy_is_paid_for_the_completions_and_learned(monkeypatch, math_model):
+    found, paid = hacked(monkeypatch, math_model, "OpenRLHF's own", steps=4)
+    tokenizer = AutoTokenizer.from_pretrained(math_model)
+    answers = dict(map(itemgetter("prompt", "answer"), map(json.loads, (math_model / "train.jsonl").open())))
+    assert len(paid) == 4 * BATCH
+    for prompt, completion, reward in paid:
+        text = tokenizer.decode(completion, skip_special_tokens=True)
+        assert reward == (2.0 if text.startswith("0") else float(text == answers[tokenizer.decode(prompt)]))
+    assert sum(reward == 2 for *_, reward in paid) > 10
+    assert found.keys() == {"right", "hacks", "proxy", "kl", "J", "median_norm", "largest_norm", "norms"}
+    assert found["kl"] > 0
+    assert len(found["norms"]) == 4
+    same, _ = hacked(monkeypatch, math_model, "OpenRLHF's own", steps=4)
+    assert same["hacks"] == pytest.approx(found["hacks"], rel=1e-4)
+    other, _ = hacked(monkeypatch, math_model, "reverse_kl", steps=4)
+    assert other["hacks"] != pytest.approx(found["hacks"], rel=1e-4)
+
+
 def test_jobs():
     full = jobs(False)
     assert jobs(True) == []
     assert {job["arm"] for job in full} == OWN.keys() | OURS.keys()
+    assert set(HOSTS["OpenRLHF"]) <= OWN.keys() | OURS.keys()
     seeds = Counter((job["regime"], job["arm"]) for job in full)
     assert set(seeds.values()) == {5}
     assert {job["estimator"] for job in full} == {"rloo", "reinforce_baseline", "group_norm", "dr_grpo", "gae"}
