@@ -24,7 +24,7 @@ from evidence.tables import markdown, show, write_section
 from rich.console import Console
 
 # Through real trainers, and by computation: name -> module of recipes/evidence.
-TRAINERS = {"trl": "trl_trainers", "ppo": "ppo_trainer"}
+TRAINERS = {"trl": "trl_trainers", "ppo": "ppo_trainer", "openrlhf": "openrlhf_trainer"}
 COMPUTED: dict[str, str] = {}
 PARTS = TRAINERS | COMPUTED
 
