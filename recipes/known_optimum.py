@@ -18,7 +18,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from evidence.intervals import Claim, Interval, judge, of, paired, select
+from evidence.intervals import Claim, Interval, judge, marked, of, paired, select
 from evidence.runs import run_all
 from evidence.tables import markdown, show, write_section
 from rich.console import Console
@@ -27,6 +27,7 @@ from rich.console import Console
 TRAINERS = {"trl": "trl_trainers", "ppo": "ppo_trainer", "openrlhf": "openrlhf_trainer"}
 COMPUTED: dict[str, str] = {}
 PARTS = TRAINERS | COMPUTED
+HOSTS = {"trl": "TRL's GRPOTrainer and RLOOTrainer", "ppo": "TRL's PPOTrainer", "openrlhf": "OpenRLHF"}
 
 
 def run(names, args, console):
@@ -71,23 +72,6 @@ def claims(rows):
     return [Claim(says, difference) for says, difference in found.items()]
 
 
-def arms_of(rows):
-    """The arms of some rows, in the order of the jobs."""
-    return list(dict.fromkeys(row["arm"] for row in rows))
-
-
-def leaders(rows):
-    """The arm with the largest mean share, and those that are tied with it: their paired difference has 0 in it."""
-    best = max(arms_of(rows), key=lambda arm: of(rows, "share", arm=arm).mean)
-    others = [arm for arm in arms_of(rows) if arm != best]
-    return best, [arm for arm in others if (d := paired(rows, "share", best, arm)).low <= 0 or d.half == float("inf")]
-
-
-def marked(text, arm, best, ties):
-    """The best in bold, and what is tied with it called so."""
-    return f"**{text}**" if arm == best else f"{text} (tie)" if arm in ties else text
-
-
 def first_regime(rows):
     """The rows of the regime in which all arms are compared, which is the first."""
     return select(rows, regime=rows[0]["regime"])
@@ -95,87 +79,48 @@ def first_regime(rows):
 
 def arm_table(rows):
     """Columns and rows of a table of one regime: what each arm came to."""
-    best, ties = leaders(rows)
-    lines = []
-    for arm in arms_of(rows):
-        reward, kl, share = (f"{of(rows, metric, arm=arm):.3f}" for metric in ("reward", "kl", "share"))
-        lines.append([arm, reward, kl, marked(share, arm, best, ties)])
+    shares = marked(rows)
+    lines = [[arm, *(f"{of(rows, name, arm=arm):.3f}" for name in ("reward", "kl")), shares[arm]] for arm in shares]
     return ("KL", "reward", "KL in nats", "share of the attainable"), lines
 
 
 def regime_table(rows):
-    """Columns and rows of a table of the other regimes: the share of each arm, best marked, ties called ties."""
+    """Columns and rows of a table of the other regimes: the share of each arm, the best marked, ties called ties."""
     rows = [row for row in rows if row["regime"] != rows[0]["regime"]]
-    arms, lines = arms_of(rows), []
-    for regime in dict.fromkeys(row["regime"] for row in rows):
-        here = select(rows, regime=regime)
-        best, ties = leaders(here)
-        shares = {arm: marked(f"{of(here, 'share', arm=arm):.3f}", arm, best, ties) for arm in arms_of(here)}
-        lines.append([regime, *(shares.get(arm, "") for arm in arms)])
-    return ("regime", *arms), lines
+    arms, regimes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("arm", "regime"))
+    cells = {regime: marked(select(rows, regime=regime)) for regime in regimes}
+    return ("regime", *arms), [[regime, *(cells[regime].get(arm, "") for arm in arms)] for regime in regimes]
 
 
 def sections(rows):
     """name of a section in docs/evidence.md -> its tables, each with a title, columns, rows and a sentence."""
-    found = {"trainers": [], "regimes": []}
+    found = {}
     for name in TRAINERS:
         here = rows.get(name)
         if here:
-            found["trainers"].append((here[0]["regime"] + f" ({name})", *arm_table(first_regime(here)), ""))
+            title = f"{HOSTS[name]}: {here[0]['regime']}"
+            found.setdefault("trainers", []).append((title, *arm_table(first_regime(here)), ""))
             if len({row["regime"] for row in here}) > 1:
-                found["regimes"].append((f"share of the attainable ({name})", *regime_table(here), ""))
+                title = f"{HOSTS[name]}: share of the attainable in other regimes"
+                found.setdefault("regimes", []).append((title, *regime_table(here), ""))
     for name, module in COMPUTED.items():
         if rows.get(name):
-            found[name] = importlib.import_module(f"evidence.{module}").sections(rows[name])
+            for title, *table in importlib.import_module(f"evidence.{module}").sections(rows[name]):
+                found.setdefault(title.split(":")[0], []).append((title, *table))
     return found
 
 
-def draw(rows, path):
-    """Shares of every arm in the first regime of each trainer, with 95% intervals; and share against length."""
-    import matplotlib
+def pictures(rows, folder):
+    """Draw what there are rows for; yields the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    from evidence.optimum_pictures import draw_lengths, draw_shares
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from kl_plugins.report.plots import COLOURS
-
-    hosts = {name: first_regime(rows[name]) for name in TRAINERS if rows.get(name)}
-    heights = [len(arms_of(here)) for here in hosts.values()]
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999"}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(
-            len(hosts), 1, figsize=(8.0, 1.2 + 0.3 * sum(heights) + 0.5 * len(hosts)), sharex=True, squeeze=False,
-            layout="constrained", gridspec_kw={"height_ratios": heights},
-        )  # fmt: skip
-        for axis, (name, here) in zip(axes[:, 0], hosts.items(), strict=True):
-            for place, arm in enumerate(arms_of(here)):
-                value, own = of(here, "share", arm=arm), arm.startswith(("TRL's", "OpenRLHF's"))
-                colour = COLOURS[6] if arm == "no KL" else COLOURS[1] if own else COLOURS[0]
-                # An axis down to what ends far below the reference would hide all else.
-                axis.barh(place, max(value.mean, LOWEST), color=colour, height=0.66)
-                if value.mean > LOWEST:
-                    axis.errorbar(value.mean, place, xerr=value.half, color="#111111", capsize=2.5, linewidth=1.2)
-                axis.text(1.08, place, f"{value.mean:.3f}", va="center", fontsize=9, color="#222222")
-            axis.set_yticks(range(len(arms_of(here))), arms_of(here))
-            axis.invert_yaxis()
-            axis.axvline(0.0, color="#999999", linewidth=0.8)
-            axis.axvline(1.0, color="#999999", linewidth=0.8, linestyle=(0, (3, 2)))
-            axis.set_title(f"{HOSTS[name]}, {here[0]['regime']}", loc="left", fontsize=10.5)
-        axes[-1, 0].set_xlim(LOWEST, 1.28)
-        axes[-1, 0].set_xlabel(
-            "share of the attainable E[R] - beta KL: 0 the reference, 1 the optimum; mean, 95% interval"
-        )
-        kinds = {"the host's own": COLOURS[1], "kl_plugins": COLOURS[0], "no KL": COLOURS[6]}
-        handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in kinds.values()]
-        figure.legend(handles, kinds, loc="outside upper right", ncols=3, frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
-    return path
-
-
-LOWEST = -0.5
-HOSTS = {"trl": "TRL's GRPOTrainer and RLOOTrainer", "ppo": "TRL's PPOTrainer", "openrlhf": "OpenRLHF"}
+    hosts = {said: first_regime(rows[name]) for name, said in HOSTS.items() if rows.get(name)}
+    lengths = select(rows.get("bare loop", []), part="lengths")
+    if hosts:
+        yield draw_shares(hosts, folder / "known_optimum.png")
+    if lengths:
+        yield draw_lengths(lengths, folder / "known_optimum_lengths.png")
 
 
 def main():
@@ -197,9 +142,9 @@ def main():
         if args.docs and tables:
             text = [f"**{title}**\n\n{markdown(columns, lines)}\n\n{said}" for title, columns, lines, said in tables]
             write_section(args.docs / "evidence.md", f"known optimum: {name}", "\n\n".join(text))
-    if any(rows.get(name) for name in TRAINERS):
-        for folder in (args.out, *([args.docs / "images"] if args.docs else [])):
-            console.print(f"picture  {draw(rows, folder / 'known_optimum.png')}", highlight=False)
+    for folder in (args.out, *([args.docs / "images"] if args.docs else [])):
+        for path in pictures(rows, folder):
+            console.print(f"picture  {path}", highlight=False)
     if rows.get("trl"):
         failed = judge(claims(rows["trl"]), console)
         if failed:

@@ -25,8 +25,8 @@ ARMS = {
     "k1_in_reward": {"kl": "k1_in_reward"},
 }
 REGIMES = {
-    "PPO, terminal reward": {},
-    "PPO, 4 updates a rollout": {"num_ppo_epochs": 4},
+    "terminal reward": {},
+    "4 updates a rollout": {"num_ppo_epochs": 4},
 }
 
 

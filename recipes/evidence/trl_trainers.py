@@ -34,7 +34,9 @@ ARMS = {
     "k1_in_reward, sequence, group_mean": {**SEQUENCE, "kl_baseline": "group_mean"},
     "reverse_kl": {"kl": "reverse_kl"},
     "reverse_kl in RLOO": {**RLOO, "kl": "reverse_kl"},
+    "reverse_kl, kl_scale=reward": {"kl": "reverse_kl", "kl_scale": "reward"},
 }
+SCALED = "reverse_kl, kl_scale=reward"
 # In the other regimes; k2_as_loss trains like TRL's GRPO, which the first one shows.
 CHOSEN = ("TRL's GRPO", "TRL's RLOO", "k3_as_loss", "exact_in_reward", "reverse_kl")
 # More of them where another policy draws than the one that is trained.
@@ -94,7 +96,8 @@ def jobs(quick):
     chosen = QUICK
     if not quick:
         chosen = {name: OFF_POLICY if regime.off_policy else CHOSEN for name, regime in REGIMES.items()}
-        chosen["terminal reward"] = tuple(ARMS)
+        chosen["terminal reward"] = tuple(arm for arm in ARMS if arm != SCALED)
+        chosen["rewards scaled by the group"] = (*CHOSEN, SCALED)
         chosen["hackable reward"] = ("no KL", "k2_as_loss", *CHOSEN)
     return [
         {"part": "trl", "regime": regime, "arm": arm, "seed": seed, "steps": 120 if quick else 250}
