@@ -27,9 +27,9 @@ def config(tmp_path, cls=PPOConfig, **options):
         ({"kl": "k1_as_loss"}, "use k2_as_loss"),
         (
             {"kl": "exact_as_loss"},
-            "^exact_as_loss needs the full next-token distributions.*TRL's PPOTrainer.*k2_as_loss",
+            "^exact_as_loss needs the full next-token distributions.*TRL's PPOTrainer.*use reverse_kl",
         ),
-        ({"kl": "exact_in_reward"}, "^exact_in_reward needs the full next-token distributions.*use k1_in_reward"),
+        ({"kl": "exact_in_reward"}, "^exact_in_reward needs the full next-token distributions.*use reverse_kl"),
         ({"kl": "k2_in_reward"}, "biased"),
         ({"kl": "k3_in_reward"}, "biased"),
         ({"kl": "k2_as_loss", "kl_coef": 0.0}, "set a positive finite kl_coef"),
@@ -147,3 +147,12 @@ def test_what_is_trained_is_said(make_trainer, monkeypatch):
     trainer = make_trainer(PPOTrainer, kl="k3_as_loss")
     assert trainer.kl_spec.gradient_of == "local_forward_kl"
     assert "local_forward_kl" in said[-1]
+
+
+def test_reverse_kl_is_k1_in_reward_through_gae(tmp_path):
+    picked = config(tmp_path, kl="reverse_kl")
+    assert picked.kl_in_reward
+    assert picked.kl_spec() == config(tmp_path, kl="k1_in_reward").kl_spec()
+    assert (picked.kl_spec().credit, picked.kl_spec().baseline) == ("to_go", None)
+    assert picked.to_dict()["kl"] == "k1_in_reward"
+    assert not config(tmp_path, kl="reverse_kl", kl_placement="loss").kl_in_reward
