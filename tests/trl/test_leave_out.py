@@ -102,7 +102,7 @@ def test_groups_of_equal_rewards(make_trainer, cls, baseline):
 
 
 def test_the_first_token(make_trainer):
-    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_leave_out=["first", "eos"])
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_baseline=None, kl_leave_out=["first", "eos"])
     batch = micro_batch(trainer)
     terms = trainer._terms_of(batch["old_per_token_logps"].clone().requires_grad_(), batch)
     assert terms.left_out[:, 0].all()
@@ -110,7 +110,7 @@ def test_the_first_token(make_trainer):
 
 
 def test_the_first_token_is_the_first_that_the_policy_drew(make_trainer):
-    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_leave_out=["first"])
+    trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", kl_baseline=None, kl_leave_out=["first"])
     batch = micro_batch(trainer, ragged=False)
     tool = batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
     tool[0, :2] = tool[1, 1:3] = tool[2] = 0

@@ -167,6 +167,7 @@ def test_accumulation_does_not_change_the_gradient(make_trainer):
     """Two micro-batches of 4 rows, each divided by 2 as TRL does, are one of 8 (loss_type grpo: a mean over rows)."""
     trainer = make_trainer(GRPOTrainer, kl="k1_in_reward", loss_type="grpo", kl_off_policy="prefix")
     batch = micro_batch(trainer)
+    batch["kl_baseline"] = torch.randn(8, 6, generator=torch.Generator().manual_seed(7))  # of the rollout's groups
     _, whole = loss_and_gradients(trainer, batch)
     halves = []
     for rows in (slice(0, 4), slice(4, 8)):
