@@ -8,8 +8,8 @@ How long:  28 min; --quick 2.5 min, which trains five arms without vLLM
 Launch:    python recipes/reward_hacking.py [--quick] [--parts front sequence reuse] [--seeds 5] [--docs docs]
 
 Prints tables, and claims judged by 95% intervals of differences that are paired by seed. Ends with exit status 1 if a
-claim of --quick does not hold. Every result goes to runs.jsonl below --out, with a picture beside it; --docs FOLDER
-puts the tables into evidence.md there and the picture into its images.
+claim of --quick does not hold. Every result goes to runs.jsonl below --out, with the pictures beside it; --docs FOLDER
+puts the tables into evidence.md there and the pictures into its images.
 """
 
 import argparse
@@ -18,15 +18,15 @@ import sys
 from pathlib import Path
 
 from evidence import hack_picture, hack_runs
-from evidence.hack_task import optimum
 from evidence.intervals import Claim, interval, judge, of, paired, select
 from evidence.runs import run_all
 from evidence.tables import markdown, show, write_section
 from rich.console import Console
 
 HERE = Path(__file__).parent
-METRICS = {"right": ".3f", "hacks": ".3f", "kl": ".2f", "J": ".3f", "median_norm": ".2f", "largest_norm": ".1f"}
-COLUMNS = ("right answers", "hacks", "KL, nats", "J", "gradient norm, median", "largest")
+METRICS = {"right": ".3f", "hacks": ".3f", "kl": ".2f", "J": ".3f"}
+COLUMNS = ("right answers", "hacks", "KL, nats", "J")
+NORMS = "gradient norm: median, largest"
 
 
 def make_models(parts):
@@ -38,17 +38,14 @@ def make_models(parts):
             subprocess.run([sys.executable, HERE / "make_math_model.py", "--out", folder, *target], check=True)
 
 
-def lines(rows, best):
-    """The table of a part: a line for each beta, host and arm, and for each beta the reference and the optimum."""
-    found = []
-    for beta in dict.fromkeys(row["beta"] for row in rows):
-        here = select(rows, beta=beta)
-        for name in ("reference", "optimum"):
-            cells = [format(best[beta][name][m], form) if m in best[beta][name] else "" for m, form in METRICS.items()]
-            found.append([f"{beta:g}", "", name, *cells])
-        for host, arm in dict.fromkeys((row["host"], row["arm"]) for row in here):
-            cells = [format(of(here, metric, host=host, arm=arm), form) for metric, form in METRICS.items()]
-            found.append([f"{beta:g}", host, arm, *cells])
+def outcomes(rows, best):
+    """What each trainer and arm came to at one beta, under the reference and the optimum."""
+    found = [["", name, *(format(best[name][m], form) for m, form in METRICS.items()), ""] for name in best]
+    for host, arm in dict.fromkeys((row["host"], row["arm"]) for row in rows):
+        here = select(rows, host=host, arm=arm)
+        cells = [format(of(here, metric), form) for metric, form in METRICS.items()]
+        norms = " / ".join(f"{of(here, name).mean:.1f}" for name in ("median_norm", "largest_norm"))
+        found.append([host, arm, *cells, norms])
     return found
 
 
@@ -57,12 +54,45 @@ def differences(rows, pairs):
     found = []
     for more, less in pairs:
         cells = []
-        for metric in ("right", "hacks", "kl", "J"):
-            found_more = paired(rows, metric, more, less)
-            tie = " (tie)" if found_more.low <= 0 <= found_more.high else ""
-            cells.append(f"{found_more.mean:+.3f} ± {found_more.half:.3f}{tie}")
+        for metric in METRICS:
+            difference = paired(rows, metric, more, less)
+            tie = " (tie)" if difference.low <= 0 <= difference.high else ""
+            cells.append(f"{difference.mean:+.3f} ± {difference.half:.3f}{tie}")
         found.append([f"{more} less {less}", *cells])
     return found
+
+
+def on_the_way(rows, more, less):
+    """The same of two arms, after so many updates."""
+    found = []
+    for step in dict.fromkeys(point["step"] for row in rows for point in row["curve"]):
+        then = [row | point for row in rows for point in row["curve"] if point["step"] == step]
+        found += [[f"after {step} updates", *cells] for _, *cells in differences(then, [(more, less)])]
+    return found
+
+
+def report(name, rows, console, docs):
+    """Print the tables of a part, and put them into the page."""
+    part, texts = hack_runs.PARTS[name], []
+
+    def table(title, columns, cells, left=1):
+        if cells:
+            show(console, title, columns, cells, left)
+            texts.append(f"{title}:\n\n{markdown(columns, cells, left)}")
+
+    console.rule(part.title)
+    for beta in dict.fromkeys(row["beta"] for row in rows):
+        cells = outcomes(select(rows, beta=beta), hack_runs.bounds(name, beta))
+        table(f"Beta {beta:g}, {rows[0]['steps']} updates", ("trainer", "KL term", *COLUMNS, NORMS), cells, left=2)
+    main = select(rows, host="GRPO", beta=part.betas[0])
+    arms = {row["arm"] for row in main}
+    pairs = [pair for pair in part.pairs if set(pair) <= arms]
+    table(f"Differences paired by seed, GRPO, beta {part.betas[0]:g}", ("", *COLUMNS), differences(main, pairs))
+    exact = ("exact_in_reward", "reverse_kl")
+    if set(exact) <= arms:
+        table(f"{exact[0]} less {exact[1]} on the way", ("", *COLUMNS), on_the_way(main, *exact))
+    if docs:
+        write_section(docs / "evidence.md", f"reward hacking: {name}", "\n\n".join(texts))
 
 
 def claims(rows):
@@ -93,6 +123,8 @@ def main():
     parser.add_argument("--resume", action="store_true", help="keep the results that --out has")
     args = parser.parse_args()
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # of a log; its tables are wider than 80
     parts = ["front"] if args.quick else args.parts
     make_models(parts)
     rows = run_all(
@@ -104,29 +136,19 @@ def main():
         workers=args.jobs,
         resume=args.resume,
     )
-    best = {}
     for name in parts:
-        part, here = hack_runs.PARTS[name], select(rows, part=name)
-        best[name] = hack_runs.bounds(name, {row["beta"] for row in here})
-        console.rule(part.title)
-        cells = lines(here, best[name])
-        show(console, None, ("beta", "trainer", "KL term", *COLUMNS), cells, left=3)
-        main_rows = select(here, host="GRPO", beta=part.betas[0])
-        compared = [pair for pair in part.pairs if set(pair) <= {row["arm"] for row in main_rows}]
-        pairs = differences(main_rows, compared)
-        show(console, f"Paired by seed, beta {part.betas[0]:g}, GRPO", ("", *COLUMNS[:4]), pairs)
-        if args.docs:
-            text = markdown(("beta", "trainer", "KL term", *COLUMNS), cells, left=3)
-            text += f"\n\nPaired by seed, beta {part.betas[0]:g}, GRPO:\n\n" + markdown(("", *COLUMNS[:4]), pairs)
-            write_section(args.docs / "evidence.md", f"reward hacking: {name}", text)
+        report(name, select(rows, part=name), console, args.docs)
     if "front" not in parts:
         return
-    picture = args.docs / "images" / "reward_hacking.png" if args.docs else args.out / "reward_hacking.png"
-    front = select(rows, part="front")
     beta = hack_runs.PARTS["front"].betas[0]
-    hack_picture.draw(front, lambda beta: optimum(hack_runs.load_task("front"), beta), beta, picture)
-    console.print(f"picture  {picture}", highlight=False)
-    failed = judge(claims(select(front, host="GRPO", beta=beta)), console)
+    front = select(rows, part="front", host="GRPO")
+    pictures = args.docs / "images" if args.docs else args.out
+    hack_picture.draw(
+        front, lambda beta: hack_runs.bounds("front", beta)["optimum"], beta, pictures / "reward_hacking.png"
+    )
+    hack_picture.draw_norms(select(front, beta=beta), pictures / "reward_hacking_norms.png")
+    console.print(f"pictures {pictures}/reward_hacking*.png", highlight=False)
+    failed = judge(claims(select(front, beta=beta)), console)
     if failed and (args.quick or any(claim.verdict == "contradicted" for claim in failed)):
         sys.exit(f"{len(failed)} of the claims above did not hold: has a KL term changed?")
 

@@ -1,4 +1,4 @@
-"""The picture of `recipes/reward_hacking.py`."""
+"""The pictures of `recipes/reward_hacking.py`."""
 
 import matplotlib
 import numpy as np
@@ -24,7 +24,7 @@ def draw(rows, optimum_at, beta, path):
     """Save the picture of the front's rows.
 
     Args:
-        rows: Of the part `front`.
+        rows: Of the part `front` and GRPO.
         optimum_at: beta -> what the best policy is.
         beta: Of the left half.
         path: Where to.
@@ -32,11 +32,29 @@ def draw(rows, optimum_at, beta, path):
     with matplotlib.rc_context({"font.size": 11.5}):
         figure = Figure(figsize=(10, 4.8), dpi=160, layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.1, 1.0))
-        _outcomes(left, select(rows, host="GRPO", beta=beta), beta)
-        _front(right, select(rows, host="GRPO"), optimum_at)
+        _outcomes(left, select(rows, beta=beta), beta)
+        _front(right, rows, optimum_at)
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
         path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def draw_norms(rows, path):
+    """Save a picture of the gradient norms over the updates, before clipping: median and largest over the seeds."""
+    shown = {"k3_as_loss": ORANGE, "k2_as_loss": YELLOW, "exact_in_reward": GREEN, "reverse_kl": BLUE}
+    arms = [arm for arm in shown if select(rows, arm=arm)]
+    with matplotlib.rc_context({"font.size": 11.5}):
+        figure = Figure(figsize=(10, 3.2), dpi=160, layout="constrained")
+        for axes, arm in zip(figure.subplots(1, len(arms), sharex=True, sharey=True), arms, strict=True):
+            norms = np.array([row["norms"] for row in select(rows, arm=arm)])
+            axes.fill_between(range(1, norms.shape[1] + 1), norms.min(0), norms.max(0), color=shown[arm], alpha=0.3)
+            axes.plot(range(1, norms.shape[1] + 1), np.median(norms, 0), color=shown[arm])
+            axes.set_yscale("log")
+            axes.set_title(arm, fontsize=11.5)
+            axes.set_xlabel("update")
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].set_ylabel("gradient norm")
         figure.savefig(path)
 
 

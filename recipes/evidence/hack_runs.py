@@ -25,13 +25,11 @@ ARMS = {
     "k1_as_loss": {"kl": "k1_as_loss", "kl_allow_biased": True},
     "k3_as_loss": {"kl": "k3_as_loss"},
     "k2_as_loss": {"kl": "k2_as_loss"},
-    "exact_as_loss": {"kl": "exact_as_loss"},
     "exact_in_reward": {"kl": "exact_in_reward", "kl_baseline": "leave_one_out"},
     "k1_in_reward, to_go": {"kl": "k1_in_reward", "kl_credit": "to_go", "kl_baseline": "leave_one_out"},
     "reverse_kl": {"kl": "reverse_kl"},
     "k1_as_loss, no weights": {"kl": "k1_as_loss", "kl_off_policy": "none", "kl_allow_biased": True},
     "k2_as_loss, no weights": {"kl": "k2_as_loss", "kl_off_policy": "none", "kl_allow_biased": True},
-    "k3_as_loss, no weights": {"kl": "k3_as_loss", "kl_off_policy": "none", "kl_allow_biased": True},
 }
 
 
@@ -75,7 +73,7 @@ PARTS = {
             "exact_in_reward",
             "reverse_kl",
         ),
-        front=("k3_as_loss", "k2_as_loss", "exact_in_reward", "reverse_kl"),
+        front=("k3_as_loss", "k2_as_loss", "reverse_kl"),
         pairs=(
             ("k1_as_loss", "no KL"),
             ("k3_as_loss", "k2_as_loss"),
@@ -110,20 +108,18 @@ PARTS = {
         reuse=4,
         arms=(
             "no KL",
-            "host's own",
             "k1_as_loss",
             "k1_as_loss, no weights",
+            "k3_as_loss",
             "k2_as_loss",
             "k2_as_loss, no weights",
-            "k3_as_loss",
-            "k3_as_loss, no weights",
             "reverse_kl",
         ),
         pairs=(
             ("k1_as_loss, no weights", "no KL"),
-            ("k1_as_loss", "k1_as_loss, no weights"),
+            ("k1_as_loss", "no KL"),
             ("k2_as_loss", "k2_as_loss, no weights"),
-            ("k3_as_loss", "k3_as_loss, no weights"),
+            ("k3_as_loss", "k2_as_loss"),
             ("k2_as_loss", "reverse_kl"),
         ),
     ),
@@ -173,14 +169,11 @@ def load_task(part):
     return Task.load(model_folder(part), PARTS[part].exploit, PARTS[part].pays)
 
 
-def bounds(part, betas):
-    """beta -> what the reference is like and the optimum, each as `evaluate` describes a policy."""
+@functools.cache
+def bounds(part, beta):
+    """What the reference is like and the optimum, each as `evaluate` describes a policy."""
     task = load_task(part)
-    ends = {
-        "reference": lambda beta: evaluate(task, task.reference, beta),
-        "optimum": lambda beta: optimum(task, beta),
-    }
-    return {beta: {name: of(beta) for name, of in ends.items()} for beta in betas}
+    return {"reference": evaluate(task, task.reference, beta), "optimum": optimum(task, beta)}
 
 
 def work(job):

@@ -29,8 +29,10 @@ def results(tmp_path):
         for job in hack_runs.jobs(quick):
             right, hacks, kl = FOUND.get(instead.get(job["arm"], job["arm"]), (0.4, 0.01, 0.3))
             noise = 0.001 * (job["seed"] + len(job["arm"]))
+            then = {"right": right, "kl": kl, "J": right}
+            way = {"norms": [1.0, 2.0], "curve": [{"step": 20, "hacks": hacks, **then}]}
             norms = {"median_norm": 1.0, "largest_norm": 2.0}
-            rows.append({**job, "right": right, "hacks": hacks + noise, "kl": kl + noise, "J": right, **norms})
+            rows.append({**job, **then, "hacks": hacks + noise, "kl": kl + noise, **norms, **way})
         (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
@@ -46,11 +48,7 @@ def main(tmp_path, monkeypatch):
     (tmp_path / "math-0.08" / "warmup.json").touch()
     best = {"right": 0.8, "hacks": 0.08, "proxy": 1.0, "kl": 1.1, "J": 0.65}
     monkeypatch.setenv("KL_PLUGINS_MATH_MODEL", str(tmp_path / "math"))
-    monkeypatch.setattr(hack_runs, "load_task", lambda part: None)
-    monkeypatch.setattr(reward_hacking, "optimum", lambda task, beta: best)
-    monkeypatch.setattr(
-        hack_runs, "bounds", lambda part, betas: {beta: {"reference": best, "optimum": best} for beta in betas}
-    )
+    monkeypatch.setattr(hack_runs, "bounds", lambda part, beta: {"optimum": best})
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["reward_hacking.py", "--resume", "--out", str(tmp_path), *arguments])
@@ -97,7 +95,7 @@ def test_tables_and_picture_go_into_the_documents(results, main, tmp_path):
     results(quick=False)
     main("--docs", str(tmp_path))
     text = page.read_text()
-    assert "| 0.3 | GRPO | k3_as_loss | 0.100 ± 0.000 |" in text
-    assert "| 0.3 |  | optimum | 0.800 | 0.080 | 1.10 | 0.650 |" in text
-    assert "(tie)" in text
+    assert "| GRPO | k3_as_loss | 0.100 ± 0.000 |" in text
+    assert "|  | optimum | 0.800 | 0.080 | 1.10 | 0.650 |  |" in text
+    assert "| after 20 updates | +0.000 ± 0.000 (tie) |" in text
     assert (tmp_path / "images" / "reward_hacking.png").is_file()
