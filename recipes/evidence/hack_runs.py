@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from evidence.hack_task import MOST_TOKENS, Task, evaluate, optimum
+from evidence.hack_task import MOST_TOKENS, Task, evaluate, first, optimum, train_problems
 
 BATCH, GROUP = 128, 8
 WARMUP, ADAM_BETA2 = 10, 0.99
@@ -187,10 +187,10 @@ def work(job):
 
         return openrlhf_hack.work(job)
     part, task = PARTS[job["part"]], load_task(job["part"])
-    curve = []
+    curve, few = [], first(task, 128)
 
     def watch(step, policy):
-        found = evaluate(task, policy, job["beta"], draws=1)
+        found = evaluate(few, policy, job["beta"])
         curve.append({"step": step, **{name: round(value, 4) for name, value in found.items()}})
 
     policy, norms = _train_with_trl(job, part, task, watch)
@@ -245,7 +245,7 @@ def _train_with_trl(job, part, task, watch):
             model=str(task.folder),
             reward_funcs=reward,
             args=config(**options, output_dir=folder),
-            train_dataset=datasets.load_dataset("json", data_files=str(task.folder / "train.jsonl"), split="train"),
+            train_dataset=datasets.Dataset.from_list(train_problems(task)),
             callbacks=[Watch()],
         )
         trainer.remove_callback(PrinterCallback)

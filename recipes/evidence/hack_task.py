@@ -24,7 +24,7 @@ MOST_TOKENS = 4  # of a completion: three digits and <eos>
 class Task:
     """The math model of `recipes/make_math_model.py`, an exploit, and what that pays; tensors are of its eval set."""
 
-    folder: Path | None
+    folder: Path
     exploit: str
     """Digits. Empty: there is none, and the reward is the right answer alone."""
     pays: float
@@ -64,7 +64,7 @@ class Task:
 
 
 @torch.no_grad()
-def evaluate(task: Task, policy: Callable[..., Any], beta: float, draws: int = 4, seed: int = 0) -> dict[str, float]:
+def evaluate(task: Task, policy: Callable[..., Any], beta: float, draws: int = 2, seed: int = 0) -> dict[str, float]:
     """What `policy` has become, as means over the prompts.
 
     `right` and `hacks` are the exact probabilities of the right answer and of a completion that starts with the
@@ -100,9 +100,14 @@ def optimum(task: Task, beta: float) -> dict[str, float]:
     return {name: value.mean().item() for name, value in found.items()}
 
 
-def without_exploit(task: Task) -> Task:
-    """The same problems, paid for the right answer alone."""
-    return replace(task, exploit="", exploit_ids=(), pays=0.0)
+def first(task: Task, prompts: int) -> Task:
+    """The task with its first `prompts` only, which are evaluated faster."""
+    return replace(task, prompts=task.prompts[:prompts], answers=task.answers[:prompts])
+
+
+def train_problems(task: Task) -> list[dict[str, str]]:
+    """The prompts that are trained on, each with its answer; `evaluate` sees others."""
+    return [json.loads(line) for line in (task.folder / "train.jsonl").read_text().splitlines()]
 
 
 def _right(task: Task, policy: Callable[..., Any]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-from evidence.hack_task import MOST_TOKENS, Task, evaluate, optimum, without_exploit
+from evidence.hack_task import MOST_TOKENS, Task, evaluate, first, optimum
 
 PAD, EOS = 0, 1
 BETA = 0.4
@@ -36,7 +37,7 @@ class Tree:
 def task():
     """Two prompts; the exploit is 3 3, which the answer of the second one starts with."""
     return Task(
-        folder=None,
+        folder=Path(),
         exploit="33",
         pays=2.0,
         reference=Tree(0, 1.0),
@@ -110,8 +111,15 @@ def test_no_policy_is_better_than_the_optimum(task, seed):
     assert by_hand(task, Tree(seed, 1.0), BETA)["J"] < optimum(task, BETA)["J"]
 
 
+def test_the_first_prompts_are_evaluated_alone(task):
+    policy = Tree(1, 1.5)
+    few = first(task, 1)
+    assert evaluate(few, policy, BETA)["right"] == pytest.approx(by_hand(few, policy, BETA)["right"], rel=1e-5)
+    assert evaluate(few, policy, BETA)["right"] != pytest.approx(evaluate(task, policy, BETA)["right"], rel=0.1)
+
+
 def test_without_exploit_only_the_right_answer_is_paid(task):
-    plain = without_exploit(task)
+    plain = replace(task, exploit="", exploit_ids=())
     found = evaluate(plain, Tree(1, 1.5), BETA)
     assert found["hacks"] == 0
     assert found["proxy"] == pytest.approx(found["right"])
