@@ -13,9 +13,12 @@ puts the tables into evidence.md there and the pictures into its images.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from evidence import hack_picture, hack_runs
 from evidence.intervals import Claim, interval, judge, of, paired, select
@@ -98,7 +101,8 @@ def report(name, rows, console, docs):
 def claims(rows):
     """What the front has to show, of rows of one host and beta."""
 
-    def less_half(metric):  # of what a run without a KL comes to
+    def less_half(metric):
+        """What k1 as loss comes to, less half of what no KL does."""
         with_k1, without = ({r["seed"]: r[metric] for r in select(rows, arm=arm)} for arm in ("k1_as_loss", "no KL"))
         return interval(with_k1[seed] - without[seed] / 2 for seed in with_k1)
 
@@ -119,7 +123,7 @@ def main():
     parser.add_argument("--steps", type=int, help="updates of each run (each part has its own)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, default=Path("runs/reward_hacking"))
-    parser.add_argument("--docs", type=Path, help="the folder of evidence.md: write tables and picture there")
+    parser.add_argument("--docs", type=Path, help="the folder of evidence.md: write tables and pictures there")
     parser.add_argument("--resume", action="store_true", help="keep the results that --out has")
     args = parser.parse_args()
     console = Console()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evidence.hack_task import MOST_TOKENS, Task, evaluate, first, optimum, train_problems
+from transformers.utils import logging
 
 BATCH, GROUP = 128, 8
 WARMUP, ADAM_BETA2 = 10, 0.99
@@ -166,6 +167,7 @@ def model_folder(part):
 @functools.cache
 def load_task(part):
     """The `Task` of a part, whose math model has been made."""
+    logging.disable_progress_bar()  # of loading weights
     return Task.load(model_folder(part), PARTS[part].exploit, PARTS[part].pays)
 
 
@@ -206,11 +208,9 @@ def work(job):
 def _train_with_trl(job, part, task, watch):
     import datasets
     from transformers import PrinterCallback, TrainerCallback
-    from transformers.utils import logging
 
     from kl_plugins.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-    logging.disable_progress_bar()
     datasets.disable_progress_bars()
     gc.freeze()  # the trainer collects garbage: spare it what the imports left
 
