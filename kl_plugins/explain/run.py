@@ -13,6 +13,7 @@ from kl_plugins.explain.host_terms import BETA, CHOICES, HOSTS, MARKS, OPTIONS, 
 from kl_plugins.explain.reading import convert, refuse_unknown_kl
 from kl_plugins.integration.choice import updates_per_rollout
 from kl_plugins.integration.options import (
+    GMPOOptions,
     KLOptions,
     OpenRLHFOptions,
     PlacementOptions,
@@ -28,7 +29,7 @@ from kl_plugins.patching.versions import installed_version
 # The options of ours that a trainer has.
 OPTIONS_OF: dict[str, type[KLOptions]] = {
     "grpo": ReferenceOptions,
-    "gmpo": ReferenceOptions,
+    "gmpo": GMPOOptions,
     "rloo": RLOOOptions,
     "ppo": PPOOptions,
     "openrlhf": OpenRLHFOptions,

@@ -8,13 +8,15 @@ as the reward is cancels the reward's noise (docs/evidence.md). So a KL in the r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kl_plugins.core.registry import REVERSE_KL, get_loss
 
 PICKED = "k1_in_reward"
 """The configuration that `reverse_kl` becomes, in every host, with the options of `TREATMENTS`."""
+OFF_POLICY_OPTIONS = ("kl_off_policy", "kl_weight_clip", "kl_weight_clip_mode", "kl_clip", "kl_clip_epsilon")
+"""Those that say how the KL of samples of another policy is weighted: one that is set leaves nothing to pick."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,6 @@ class Treatment:
     """What is subtracted; see `KLSpec.baseline`."""
     why: str
     """The same in words, as `reverse_kl` gives its reason."""
-    off_policy: Mapping[str, Any] = field(default_factory=dict)
-    """What `reverse_kl` adds on samples of an older policy, or of another engine: the weights that measured best."""
 
 
 _WITH_THE_MEAN = Treatment(
@@ -36,14 +36,12 @@ _WITH_THE_MEAN = Treatment(
     baseline="group_mean",
     why="{host} hands each completion's reward, less its group's mean, to all tokens; a KL that gets the same keeps "
     "the beta that was written and cancels the reward's own noise",
-    off_policy={"kl_off_policy": "token"},
 )
 _WITHOUT_ITSELF = Treatment(
     credit="sequence",
     baseline="leave_one_out",
     why="{host} hands each completion's reward, less the mean of its group's others, to all tokens; a KL that gets "
     "the same cancels the reward's own noise",
-    off_policy={"kl_off_policy": "token"},
 )
 _STANDARDIZED = replace(
     _WITH_THE_MEAN,
@@ -60,10 +58,11 @@ _RETURNS = Treatment(
     credit="to_go", baseline=None, why="{host} sums rewards from each token on, and the KL is one of them"
 )
 
-_NAMES = {"grpo": "GRPO", "rloo": "RLOO", "ppo": "PPO", "openrlhf": "OpenRLHF"}
+_NAMES = {"grpo": "GRPO", "gmpo": "GMPO", "rloo": "RLOO", "ppo": "PPO", "openrlhf": "OpenRLHF"}
 # (host, its advantage estimator) -> what it does.
 TREATMENTS: dict[tuple[str, str], Treatment] = {
-    ("grpo", ""): _WITH_THE_MEAN,  # and GMPO
+    ("grpo", ""): _WITH_THE_MEAN,
+    ("gmpo", ""): _WITH_THE_MEAN,
     ("rloo", ""): _WITHOUT_ITSELF,
     ("ppo", ""): _WITH_A_CRITIC,
     ("openrlhf", "gae"): _WITH_A_CRITIC,
@@ -116,6 +115,7 @@ def choose(
     estimator: str = "",
     groups: bool = True,
     off_policy: bool = False,
+    in_advantage: bool = False,
 ) -> Choice:
     """What `kl` stands for in a host, with the options that it leaves open.
 
@@ -126,6 +126,7 @@ def choose(
         estimator: Which of the host's advantage estimators, if it has several.
         groups: Whether a prompt has several completions.
         off_policy: Whether some samples are from an older policy, or from another engine.
+        in_advantage: Whether the KL can be in the host's advantage, with the reward's own ratio, clip and weight.
 
     Raises what `get_loss` raises.
 
@@ -144,9 +145,10 @@ def choose(
         analytic = loss.exact and given.get("kl_credit") == "token"  # no token has a coefficient
         options["kl_baseline"] = treatment.baseline if groups and not analytic else None
     why = treatment.why.format(host=_NAMES.get(host, host))
-    if chosen and off_policy and treatment.off_policy:
-        options |= treatment.off_policy
-        why += f"; samples of an older policy or of vLLM are weighted ({_words(treatment.off_policy)})"
+    if chosen and off_policy and not given.keys() & set(OFF_POLICY_OPTIONS):
+        options |= {"kl_clip": "combined"} if in_advantage else {"kl_off_policy": "token"}
+        as_rewards = "and clipped in the advantage, as its reward is" if in_advantage else "by each token's own ratio"
+        why += f"; what an older policy or vLLM has drawn is weighted {as_rewards}"
     return Choice(
         kl=loss.name,
         picked={name: value for name, value in options.items() if name not in given},
@@ -163,6 +165,19 @@ def updates_per_rollout(settings: Any) -> tuple[float, bool]:
     accumulation, steps = settings.gradient_accumulation_steps, settings.steps_per_generation
     micro_batches = (steps or accumulation) * settings.num_iterations
     return micro_batches / accumulation, accumulation % micro_batches != 0
+
+
+def in_advantage(host: str, settings: Any) -> bool:
+    """Whether TRL's ratio, clip and weight for what vLLM draws can be those of a KL in the advantage, too.
+
+    `settings` are those of GRPO, GMPO or RLOO. GRPO's masks would leave the KL of the masked tokens out; RLOO has no
+    weight for vLLM, and one advantage a completion, as GMPO has.
+    """
+    if host == "grpo":
+        unmasked = settings.off_policy_mask_threshold is None and settings.top_entropy_quantile == 1.0
+        return unmasked and (not settings.use_vllm or bool(settings.vllm_importance_sampling_correction))
+    one_each = settings.kl_credit in (None, "sequence") and not set(settings.kl_leave_out) - {"first"}
+    return host == "rloo" and one_each and not settings.use_vllm
 
 
 def _words(options: Mapping[str, Any]) -> str:

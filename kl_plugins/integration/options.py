@@ -11,7 +11,7 @@ from kl_plugins.core.controllers import Controller, ControllerSpec
 from kl_plugins.core.registry import REVERSE_KL, KLLoss, get_loss
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.errors import ConfigError
-from kl_plugins.integration.choice import PICKED, Choice, choose, updates_per_rollout
+from kl_plugins.integration.choice import PICKED, Choice, choose, in_advantage, updates_per_rollout
 from kl_plugins.integration.leave_out import words_of
 
 # Beyond it a single token's gradient overflows in a model, and gradient clipping turns the whole step into 0 or NaN.
@@ -146,7 +146,7 @@ class KLOptions:
 
 @dataclass
 class ReferenceOptions(KLOptions):
-    """The options of TRL's GRPO and GMPO: `KLOptions`, and which policy the KL is to."""
+    """The options of TRL's GRPO: `KLOptions`, which policy the KL is to, and what it is divided by."""
 
     kl_reference: str | None = option(
         None,
@@ -167,8 +167,20 @@ class ReferenceOptions(KLOptions):
     def kl_choice(self, *flags: Any) -> Choice:
         """What `kl`, which is not None, and the options left open stand for under TRL's own, of the same object."""
         host: Any = self
-        off_policy = bool(host.use_vllm) or updates_per_rollout(host)[1]
-        return choose(str(self.kl), self._given(), host=self.kl_host, off_policy=off_policy)
+        return choose(
+            str(self.kl),
+            self._given(),
+            host=self.kl_host,
+            off_policy=bool(host.use_vllm) or updates_per_rollout(host)[1],
+            in_advantage=in_advantage(self.kl_host, host),
+        )
+
+
+@dataclass
+class GMPOOptions(ReferenceOptions):
+    """The options of TRL's GMPO: those of GRPO."""
+
+    kl_host = "gmpo"
 
 
 @dataclass

@@ -74,10 +74,18 @@ def gmpo_problems(settings: Any, *, kl_in_liger_loss: bool | None = None) -> Ite
 
 def gmpo_clip_problems(settings: Any) -> Iterator[Problem]:
     """What is wrong with any config in a `GMPOTrainer`."""
-    if settings.kl is not None and settings.kl_clip == "combined":
+    if settings.kl is None:
+        return
+    if settings.kl_clip == "combined":
         yield Problem(
             "kl_clip='combined': GMPO's advantage is one number a sequence; use kl_clip='separate' or None",
             {"kl_clip": None},
+        )
+    elif settings.kl_options()["kl_clip"] == "combined":
+        yield Problem(
+            f"kl={settings.kl!r} in a GRPOConfig picked kl_clip='combined', but GMPO's advantage is one number a "
+            "sequence: use GMPOConfig, or kl='k1_in_reward', which picks no clip",
+            {"kl": "k1_in_reward"},
         )
 
 

@@ -1,6 +1,6 @@
 """OpenRLHF with the KL term of `kl_plugins` in every process that computes one.
 
-`kl-plugins openrlhf --kl k2_as_loss -- <train_ppo_ray flags>` starts it. What happens, in the order in which it does:
+`kl-plugins openrlhf --kl reverse_kl -- <train_ppo_ray flags>` starts it. What happens, in the order in which it does:
 
 1. `driver.runtime_env_hook` runs inside OpenRLHF's own `ray.init`: it checks the host (`patches/openrlhf.toml`),
    checks and sets its KL flags (`plan.plan_run`), and asks Ray to run `worker.setup` in every worker process.

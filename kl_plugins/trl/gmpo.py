@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from trl.experimental import gmpo as host
 
+from kl_plugins.integration.options import GMPOOptions
 from kl_plugins.integration.problem import Problem, refuse_problems
 from kl_plugins.integration.rules_trl import gmpo_clip_problems, gmpo_problems
 from kl_plugins.trl.config import GRPOFields, TrainerPair, check_trl, documented
@@ -17,7 +18,7 @@ from kl_plugins.trl.trainer import completion_mask
 
 
 @dataclass
-class GMPOFields(GRPOFields):
+class GMPOFields(GMPOOptions, GRPOFields):
     """`OnlineFields` for `trl.experimental.gmpo.GMPOConfig`."""
 
     kl_part = "grpo gmpo"

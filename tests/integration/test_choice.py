@@ -5,7 +5,7 @@ import pytest
 from kl_plugins import UnknownLossError
 from kl_plugins.core.registry import LOSSES
 from kl_plugins.core.spec import KLSpec
-from kl_plugins.integration.choice import GROUP_ESTIMATORS, TREATMENTS, choose
+from kl_plugins.integration.choice import GROUP_ESTIMATORS, OFF_POLICY_OPTIONS, TREATMENTS, choose
 
 HOSTS = [{"host": host, "estimator": estimator} for host, estimator in TREATMENTS]
 
@@ -30,6 +30,14 @@ def test_what_is_set_wins(host):
     assert found.options.items() <= given.items()
     assert "It left kl_credit='token'" in found.sentence
     assert "sum of next-token KLs" in found.sentence
+
+
+@pytest.mark.parametrize("option", OFF_POLICY_OPTIONS)
+def test_an_option_about_weights_leaves_nothing_to_pick(option):
+    off_policy = {"host": "grpo", "off_policy": True, "in_advantage": True}
+    assert choose("reverse_kl", {}, **off_policy).picked["kl_clip"] == "combined"
+    assert "kl_clip" not in choose("reverse_kl", {option: "set"}, **off_policy).picked
+    assert "kl_clip" not in choose("k1_in_reward", {}, **off_policy).picked
 
 
 def test_a_group_of_one_has_no_baseline():

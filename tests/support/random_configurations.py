@@ -38,7 +38,7 @@ _REFERENCE: dict[str, list[Any]] = {
     "kl_reference": [None, "none", "base", "adapter:first", "adapter:ref", "some/model"],
     "kl_reference_every": [None, 100, 0],
     "kl_reference_decay": [0.0, 0.9, 1.5],
-    "kl_scale": ["none", "reward", "batch"],
+    "kl_scale": ["none", "none", "reward", "reward", "batch"],
 }
 _SAMPLING: dict[str, list[Any]] = {
     "temperature": [1.0, 0.7],

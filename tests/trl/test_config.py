@@ -197,6 +197,37 @@ def test_reverse_kl_is_a_configuration_that_could_be_written_by_hand(config):
     assert make(config, kl="reverse_kl", kl_credit="token").kl_spec().gradient_of == "local_reverse_kl"
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "clip"),
+    [
+        (GRPOConfig, {}, None),
+        (GRPOConfig, {"num_iterations": 4}, "combined"),
+        (GRPOConfig, {"steps_per_generation": 4}, "combined"),
+        (GRPOConfig, {"use_vllm": True}, "combined"),
+        (GRPOConfig, {"use_vllm": True, "vllm_importance_sampling_correction": False}, None),
+        (GRPOConfig, {"num_iterations": 4, "off_policy_mask_threshold": 0.1}, None),
+        (GRPOConfig, {"num_iterations": 4, "top_entropy_quantile": 0.5}, None),
+        (GRPOConfig, {"num_iterations": 4, "kl_weight_clip": [0.0, 2.0]}, None),
+        (GRPOConfig, {"num_iterations": 4, "kl_clip": "separate"}, "separate"),
+        (RLOOConfig, {}, None),
+        (RLOOConfig, {"num_iterations": 4}, "combined"),
+        (RLOOConfig, {"num_iterations": 4, "use_vllm": True}, None),  # it has no weight for what vLLM draws
+        (RLOOConfig, {"num_iterations": 4, "kl_credit": "to_go"}, None),
+        (RLOOConfig, {"num_iterations": 4, "kl_leave_out": ["eos"]}, None),
+        (GMPOConfig, {"num_iterations": 4}, None),
+    ],
+)
+def test_off_policy_it_gets_the_rewards_own_ratio_and_clip_where_it_can(config, options, clip):
+    chosen = make(config, kl="reverse_kl", **options)
+    assert chosen.kl_spec().clip == clip
+    assert make(config, kl="k1_in_reward", **options).kl_spec().clip == options.get("kl_clip")
+    if "kl_clip" in options or "kl_weight_clip" in options or not options:
+        said = "all tokens"
+    else:
+        said = "in the advantage, as its reward is" if clip else "by each token's own ratio"
+    assert said in chosen.kl_choice().sentence
+
+
 @BOTH
 def test_from_yaml_and_the_command_line(config, tmp_path, monkeypatch):
     yaml = tmp_path / "run.yaml"
