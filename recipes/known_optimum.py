@@ -25,7 +25,7 @@ from rich.console import Console
 
 # Through real trainers, and by computation: name -> module of recipes/evidence.
 TRAINERS = {"trl": "trl_trainers", "ppo": "ppo_trainer", "openrlhf": "openrlhf_trainer"}
-COMPUTED: dict[str, str] = {}
+COMPUTED = {"bare loop": "bare_loop", "fixed points": "fixed_points"}
 PARTS = TRAINERS | COMPUTED
 HOSTS = {"trl": "TRL's GRPOTrainer and RLOOTrainer", "ppo": "TRL's PPOTrainer", "openrlhf": "OpenRLHF"}
 

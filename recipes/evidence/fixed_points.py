@@ -13,6 +13,7 @@ What each has reached of the best E[R] - beta KL, and how much more KL it spends
 from itertools import pairwise
 
 import torch
+from evidence.intervals import of
 
 VOCABULARY, LENGTH = 4, 7
 TERMS = ("sequence", "local", "forward")
@@ -106,3 +107,17 @@ def kl_for(wanted, front):
         if r0 <= wanted <= r1:
             return kl0 + (kl1 - kl0) * (wanted - r0) / max(r1 - r0, 1e-12)
     return float("nan")
+
+
+def sections(rows):
+    """Tables of the rows: (title, columns, rows, a sentence about them)."""
+    lines = []
+    for reward in REWARDS:
+        for term in TERMS:
+            shares = [f"{of(rows, f'{term} share {beta}', reward=reward):.3f}" for beta in BETAS]
+            more = [f"{of(rows, f'{term} more KL {some}', reward=reward):.1%}" for some in SHARES_OF_REWARD]
+            lines.append([reward, term, *shares, *more])
+    columns = ("reward", "gradient", *(f"share, beta {beta}" for beta in BETAS))
+    columns += tuple(f"more KL, {some:.0%} of the reward" for some in SHARES_OF_REWARD)
+    said = "Share: of the attainable at that beta. More KL: than the optimum spends for that part of the reward."
+    return [("fixed points: where each gradient comes to rest", columns, lines, said)]
