@@ -80,6 +80,6 @@ def draw_lengths(rows, path):
             axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes[0].set_ylabel("share of the attainable")
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(problems), frameon=False)
         figure.savefig(path)
     return path

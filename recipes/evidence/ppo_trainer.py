@@ -48,7 +48,7 @@ class Reward(torch.nn.Module):
 def jobs(quick):
     """Every arm in every regime; quick: none."""
     return [
-        {"part": "ppo", "regime": regime, "arm": arm, "seed": seed, "steps": 250}
+        {"part": "ppo", "regime": regime, "arm": arm, "seed": seed, "steps": 200}
         for regime in REGIMES
         for arm in ARMS
         for seed in range(0 if quick else SEEDS)

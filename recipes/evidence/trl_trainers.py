@@ -100,7 +100,7 @@ def jobs(quick):
         chosen["rewards scaled by the group"] = (*CHOSEN, SCALED)
         chosen["hackable reward"] = ("no KL", "k2_as_loss", *CHOSEN)
     return [
-        {"part": "trl", "regime": regime, "arm": arm, "seed": seed, "steps": 120 if quick else 250}
+        {"part": "trl", "regime": regime, "arm": arm, "seed": seed, "steps": 120 if quick else 200}
         for regime, arms in chosen.items()
         for seed in range(SEEDS)
         for arm in arms
