@@ -60,6 +60,8 @@ class Regime:
     """Updates with each rollout."""
 
 
+# By default OpenRLHF divides rewards (group_norm) or advantages (reinforce_baseline, gae) by a standard deviation.
+# A KL in the loss is added after that, with group_norm one in the reward, too: then beta counts scaled rewards.
 REGIMES = {
     "rloo": Regime((*OWN, *OURS)),
     "reinforce_baseline": Regime(("OpenRLHF's own", "reverse_kl"), estimator="reinforce_baseline"),
