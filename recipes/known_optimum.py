@@ -112,9 +112,9 @@ def sections(rows):
 
 def pictures(rows, folder):
     """Draw what there are rows for; yields the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     from evidence.optimum_pictures import draw_lengths, draw_shares
 
+    folder.mkdir(parents=True, exist_ok=True)
     hosts = {said: first_regime(rows[name]) for name, said in HOSTS.items() if rows.get(name)}
     lengths = select(rows.get("bare loop", []), part="lengths")
     if hosts:
