@@ -13,6 +13,7 @@ puts the tables into evidence.md there and the pictures into its images.
 """
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -41,9 +42,9 @@ def make_models(parts):
             subprocess.run([sys.executable, HERE / "make_math_model.py", "--out", folder, *target], check=True)
 
 
-def outcomes(rows, best):
+def outcomes(rows, ends):
     """What each trainer and arm came to at one beta, under the reference and the optimum."""
-    found = [["", name, *(format(best[name][m], form) for m, form in METRICS.items()), ""] for name in best]
+    found = [["", name, *(format(end[m], form) for m, form in METRICS.items()), ""] for name, end in ends.items()]
     for host, arm in dict.fromkeys((row["host"], row["arm"]) for row in rows):
         here = select(rows, host=host, arm=arm)
         cells = [format(of(here, metric), form) for metric, form in METRICS.items()]
@@ -85,7 +86,8 @@ def report(name, rows, console, docs):
 
     console.rule(part.title)
     for beta in dict.fromkeys(row["beta"] for row in rows):
-        cells = outcomes(select(rows, beta=beta), hack_runs.bounds(name, beta))
+        ends = {"reference": hack_runs.reference(name, beta), "optimum": hack_runs.best(name, beta)}
+        cells = outcomes(select(rows, beta=beta), ends)
         table(f"Beta {beta:g}, {rows[0]['steps']} updates", ("trainer", "KL term", *COLUMNS, NORMS), cells, left=2)
     main = select(rows, host="GRPO", beta=part.betas[0])
     arms = {row["arm"] for row in main}
@@ -147,9 +149,8 @@ def main():
     beta = hack_runs.PARTS["front"].betas[0]
     front = select(rows, part="front", host="GRPO")
     pictures = args.docs / "images" if args.docs else args.out
-    hack_picture.draw(
-        front, lambda beta: hack_runs.bounds("front", beta)["optimum"], beta, pictures / "reward_hacking.png"
-    )
+    optimum_at = functools.partial(hack_runs.best, "front")
+    hack_picture.draw(front, optimum_at, beta, pictures / "reward_hacking.png")
     hack_picture.draw_norms(select(front, beta=beta), pictures / "reward_hacking_norms.png")
     console.print(f"pictures {pictures}/reward_hacking*.png", highlight=False)
     failed = judge(claims(select(front, beta=beta)), console)

@@ -171,11 +171,14 @@ def load_task(part):
     return Task.load(model_folder(part), PARTS[part].exploit, PARTS[part].pays)
 
 
-@functools.cache
-def bounds(part, beta):
-    """What the reference is like and the optimum, each as `evaluate` describes a policy."""
-    task = load_task(part)
-    return {"reference": evaluate(task, task.reference, beta), "optimum": optimum(task, beta)}
+def reference(part, beta):
+    """What `evaluate` says of the reference, from which a part's policies start."""
+    return evaluate(load_task(part), load_task(part).reference, beta)
+
+
+def best(part, beta):
+    """What it would say of the policy with the best J."""
+    return optimum(load_task(part), beta)
 
 
 def work(job):

@@ -7,6 +7,7 @@ trainer and KL it was trained with; `optimum` what the best policy would be.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 MOST_TOKENS = 4  # of a completion: three digits and <eos>
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """The math model of `recipes/make_math_model.py`, an exploit, and what that pays; tensors are of its eval set."""
 
@@ -86,16 +87,16 @@ def optimum(task: Task, beta: float) -> dict[str, float]:
     It gives every completion the reference's probability times exp(reward / beta), normalized for each prompt, so that
     the reference's probabilities of the three rewards are all it takes.
     """
-    exploited = _exploited(task, task.reference)
+    answered, exploited = _reference_does(task)
     also = _also_exploit(task)
-    right = _right(task, task.reference) * (1 - also)
+    right = answered * (1 - also)
     rewards = torch.tensor([0.0, 1.0, task.pays])
     masses = torch.stack([(1 - right - exploited).clamp(min=0), right, exploited]) * (rewards / beta).exp()[:, None]
     total = masses.sum(0)
     shares = masses / total
     proxy, best = rewards @ shares, beta * total.log()
     # Of the exploits, those that are the right answer keep their share, as they are paid alike.
-    hidden = also * _right(task, task.reference) / exploited.clamp(min=1e-30) * shares[2]
+    hidden = also * answered / exploited.clamp(min=1e-30) * shares[2]
     found = {"right": shares[1] + hidden, "hacks": shares[2], "proxy": proxy, "kl": (proxy - best) / beta, "J": best}
     return {name: value.mean().item() for name, value in found.items()}
 
@@ -108,6 +109,12 @@ def first(task: Task, prompts: int) -> Task:
 def train_problems(task: Task) -> list[dict[str, str]]:
     """The prompts that are trained on, each with its answer; `evaluate` sees others."""
     return [json.loads(line) for line in (task.folder / "train.jsonl").read_text().splitlines()]
+
+
+@functools.cache
+def _reference_does(task: Task) -> tuple[Tensor, Tensor]:
+    """(N,) each: the reference's probabilities of the right answer and of the exploit."""
+    return _right(task, task.reference), _exploited(task, task.reference)
 
 
 def _right(task: Task, policy: Callable[..., Any]) -> Tensor:

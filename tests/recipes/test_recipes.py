@@ -122,6 +122,21 @@ def test_mistakes_are_said_clearly(folder, monkeypatch, options, says):
     assert says in refusal("grpo.py", "--use_vllm", "false", *options, folder=folder)
 
 
+def test_reward_hacking_says_what_does_not_hold(folder):
+    """Real runs that are too short to come to anything: a quick run of which no claim holds is an error."""
+    options = ["--quick", "--seeds", "2", "--steps", "2"]
+    env = dict(os.environ, KL_PLUGINS_MATH_MODEL=str(folder / "math"), OMP_NUM_THREADS="1")
+    command = [sys.executable, str(RECIPES / "reward_hacking.py"), *options]
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "of the claims above did not hold" in run.stderr
+    out = folder / "runs" / "reward_hacking"
+    rows = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    assert len(rows) == 10
+    assert all(len(row["norms"]) == 2 and 0 < row["right"] < 1 and row["kl"] > 0 for row in rows)
+    assert (out / "reward_hacking.png").stat().st_size > 10_000
+
+
 def test_gradients_measures_what_the_readme_says(folder):
     printed = start("gradients.py", folder=folder)
     readme = (RECIPES.parent / "README.md").read_text()

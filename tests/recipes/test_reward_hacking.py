@@ -48,7 +48,8 @@ def main(tmp_path, monkeypatch):
     (tmp_path / "math-0.08" / "warmup.json").touch()
     best = {"right": 0.8, "hacks": 0.08, "proxy": 1.0, "kl": 1.1, "J": 0.65}
     monkeypatch.setenv("KL_PLUGINS_MATH_MODEL", str(tmp_path / "math"))
-    monkeypatch.setattr(hack_runs, "bounds", lambda part, beta: {"optimum": best})
+    for name in ("reference", "best"):
+        monkeypatch.setattr(hack_runs, name, lambda part, beta: best)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["reward_hacking.py", "--resume", "--out", str(tmp_path), *arguments])
