@@ -96,7 +96,7 @@ def test_evaluation_is_that_of_all_completions(model, name):
         ("reverse_kl", "hackable reward"),
         ("exact_as_loss", "samples up to 4 updates old"),
         ("TRL's RLOO", "rewards scaled by the group"),
-        ("k2_as_loss", "an engine that differs"),
+        ("k2_as_loss", "an engine off by 0.3"),
     ],
 )
 def test_a_run_through_a_real_trainer(arm, regime):
@@ -112,7 +112,7 @@ def test_the_engine_reports_its_own_log_probs(tmp_path):
     """TRL takes it for vLLM: what it drew is scored by it and by the policy, and they differ by its noise."""
     from evidence import trl_trainers
 
-    regime = trl_trainers.REGIMES["an engine that differs"]
+    regime = trl_trainers.REGIMES["an engine off by 0.3"]
     trainer, _ = trl_trainers.make_trainer("reverse_kl", regime, 0, 2, str(tmp_path))
     batches, score = [], trainer._generate_and_score_completions
     trainer._generate_and_score_completions = lambda inputs: batches.append(score(inputs)) or batches[-1]
