@@ -188,8 +188,26 @@ def grpo_loss(
     return loss
 
 
+def rloo_advantages(scored: Scored, outcome: Tensor, beta: float) -> Tensor:
+    """(B, T): what TRL's RLOO makes of (B,) rewards and the KL of the old policy, which is part of them."""
+    import trl
+
+    advantages: Tensor = _rloo_rollout(trl.RLOOTrainer, scored, outcome, beta)[-1]["advantages"]
+    return advantages[:, None].expand_as(scored.logp)
+
+
 def _rloo_loss(trainer: Any, scored: Scored, live: Tensor) -> Tensor:
-    """TRL's RLOO: its rollout with the log-probs of the old policy, then its loss, a mean over rows."""
+    """TRL's RLOO: its rollout with the log-probs of the old policy, rewards of 0, then its loss, a mean over rows."""
+    stub, scores, batch = _rloo_rollout(trainer, scored, live.new_zeros(len(live)), 1.0)
+    scores[id(stub.model)] = live
+    loss: Tensor = trainer._compute_loss(stub, stub.model, batch)
+    return loss
+
+
+def _rloo_rollout(
+    trainer: Any, scored: Scored, rewards: Tensor, beta: float
+) -> tuple[Any, dict[int, Tensor], dict[str, Tensor]]:
+    """The stub of a trainer, the log-probs that its models return, and the batch of `trainer`'s own rollout."""
     rows, lengths = len(scored.logp), scored.mask.sum(-1).tolist()
     policy, reference = SimpleNamespace(training=True), SimpleNamespace()
     scores = {id(policy): scored.old_logp, id(reference): scored.ref_logp}
@@ -199,13 +217,13 @@ def _rloo_loss(trainer: Any, scored: Scored, live: Tensor) -> Tensor:
         return given, torch.zeros_like(given.detach()), None
 
     stub = SimpleNamespace(
-        accelerator=SimpleNamespace(num_processes=1, process_index=0, device=live.device, **_SINGLE_PROCESS),
+        accelerator=SimpleNamespace(num_processes=1, process_index=0, device=rewards.device, **_SINGLE_PROCESS),
         args=SimpleNamespace(
             per_device_train_batch_size=rows,
             per_device_eval_batch_size=rows,
             gradient_checkpointing_kwargs=None,
         ),
-        beta=1.0,
+        beta=beta,
         num_generations=scored.group_size,
         num_generations_eval=scored.group_size,
         epsilon_low=0.2,
@@ -222,7 +240,7 @@ def _rloo_loss(trainer: Any, scored: Scored, live: Tensor) -> Tensor:
         ref_model=reference,
         _tokenizer=SimpleNamespace(pad_token_id=0),
         _generate=lambda prompts: ([[0]] * rows, [[1] * length for length in lengths], [""] * rows),
-        _calculate_rewards=lambda *_: torch.zeros(rows, 1, dtype=live.dtype),
+        _calculate_rewards=lambda *_: rewards[:, None],
         _get_per_token_logps_and_entropies=logps,
         _metrics={"train": defaultdict(list)},
         _logs=defaultdict(list, rewards=defaultdict(list), extra=defaultdict(list)),
@@ -232,9 +250,7 @@ def _rloo_loss(trainer: Any, scored: Scored, live: Tensor) -> Tensor:
     module = sys.modules[trainer.__module__]
     with mock.patch.object(module, "disable_gradient_checkpointing", return_value=contextlib.nullcontext()):
         batch = trainer._generate_and_score_completions(stub, [{"prompt": ""}] * rows)
-    scores[id(policy)] = live
-    loss: Tensor = trainer._compute_loss(stub, policy, batch)
-    return loss
+    return stub, scores, batch
 
 
 def openrlhf() -> list[Term]:
@@ -242,7 +258,7 @@ def openrlhf() -> list[Term]:
 
     Raises ImportError, OSError, RuntimeError or ValueError if it can't be imported.
     """
-    _import_openrlhf()
+    import_openrlhf()
     from openrlhf.models.utils import compute_approx_kl
 
     def loss(estimator: str, unbiased: bool = False) -> Callable[..., Tensor]:
@@ -263,7 +279,7 @@ def openrlhf() -> list[Term]:
     ]
 
 
-def _import_openrlhf() -> None:
+def import_openrlhf() -> None:
     """OpenRLHF imports flash-attn, which needs CUDA; nothing that is measured calls it."""
     names = ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed")
     if not torch.cuda.is_available():
@@ -343,12 +359,14 @@ __all__ = [
     "HOSTS",
     "Term",
     "grpo_loss",
+    "import_openrlhf",
     "in_loss",
     "in_reward",
     "installed",
     "of_mean_loss",
     "openrlhf",
     "quiet",
+    "rloo_advantages",
     "trl",
     "trl_formulas",
     "verl",

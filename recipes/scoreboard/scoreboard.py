@@ -1,7 +1,8 @@
-"""The KL gradients of eight frameworks, by their own functions, on the same work.
+"""What the KL terms of eight frameworks train like, and their gradients, by their own functions, on the same work.
 
-What:      TRL, OpenRLHF, verl, SkyRL, Unsloth, ms-swift, tunix and kl_plugins: bias by exact enumeration, squared
-           error of a batch of 64, dead zones, float32, masks; the same on small language models, trained on the spot.
+What:      TRL, OpenRLHF, verl, SkyRL, Unsloth, ms-swift, tunix and kl_plugins: the share of the attainable
+           E[R] - beta KL that each one's default reaches; bias by exact enumeration, dead zones, float32, masks;
+           squared error of a batch of 64, there and on small language models, trained on the spot.
            Frameworks that can't be imported are named and left out.
 Hardware:  2 CPU cores, no GPU; the network with --install
 How long:  2-4 minutes; a minute more with --install, the first time
@@ -10,8 +11,9 @@ Launch:    make scoreboard                             # puts what is missing in
            python recipes/scoreboard/scoreboard.py --only TRL --no-language-model
 
 Writes scoreboard.json, scoreboard.md, scoreboard.svg and scoreboard.png to --out (runs/scoreboard); with --page the
-PNG goes to the folder images beside the page. `frameworks.py` gets at each one's own functions, `worker.py` measures
-one framework in a process of its own, `language_model.py` trains the models, and `pages.py` writes everything down.
+PNG goes to the folder images beside the page. `frameworks.py` gets at each one's own functions, `trained.py` trains
+with them, `worker.py` measures one framework in a process of its own, `language_model.py` trains the models, and
+`pages.py` and `standings.py` write everything down.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import language_model
 import pages
+import standings
 import torch
 import typer
 from frameworks import FRAMEWORKS, NOT_INSTALLABLE
@@ -42,7 +46,7 @@ from kl_plugins.report.page import command_line
 FOLDER = Path(".cache/frameworks")
 KL_PLUGINS = Path(kl_plugins.__file__).parents[1]
 WORKER = Path(__file__).with_name("worker.py")
-GOALS = {"bias": 1e-10, "mse": 0.25, "language_model": 0.6, "float32": 1e3}
+GOALS = {"share": 0.98, "bias": 1e-10, "float32": 1e3}
 """What kl_plugins set out to reach; each is reported as measured."""
 
 
@@ -155,67 +159,33 @@ def _measure(name: str, folder: Path | None, model: str, out: Path) -> dict[str,
 
 def goals(result: dict[str, Any]) -> dict[str, Any]:
     """Name -> what kl_plugins set out to reach, and what was measured."""
-    rows = {each["framework"]: each["rows"] for each in result["frameworks"]}
-    ours = rows.get("kl_plugins", [])
-    # Of the sequence gradient, which is what errors are measured against.
-    exact = [row for row in ours if row["name"].startswith("exact_in_reward") and row["claims"] == "reverse_kl"]
-    others = {name: some for name, some in rows.items() if name != "kl_plugins"}
-    peers = [row | {"name": f"{name} {row['name']}"} for name, some in others.items() for row in some]
+    ours = next((each["rows"] for each in result["frameworks"] if each["framework"] == "kl_plugins"), [])
     found: dict[str, Any] = {"bias": {"goal": GOALS["bias"], "measured": _own_bias(ours)}}
-    if not exact or not peers:
-        return found
-    found["mse"] = {"goal": GOALS["mse"]} | _enumerated(exact, peers)
-    for task in exact[0]["language_model"]:
-        found[f"language_model, {task}"] = {"goal": GOALS["language_model"]} | _on_language_model(task, exact, peers)
     reverse = [row for row in ours if row["claims"] in ("reverse_kl", "local_reverse_kl")]
-    right = min(min(abs(end) for end in row["range"]["right"]) for row in reverse)
-    return found | {"float32": {"goal": GOALS["float32"], "measured": right}}
-
-
-def _unbiased(row: dict[str, Any]) -> bool:
-    return bool(row["bias"]["on_policy"]["worst"]["reverse_kl"] <= 1e-6)
-
-
-def _enumerated(exact: list[dict[str, Any]], peers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Geometric means over the nine policies of the ratio to whichever peer is best on each."""
-
-    def each(row: dict[str, Any]) -> list[float]:
-        values: list[float] = row["mse"]["on_policy"]["of_each"]
-        return values
-
-    def over(own: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, float | None]:
-        best = [min(values) for values in zip(*map(each, others), strict=True)]
-        return {"value": _mean([a / b for a, b in zip(each(own), best, strict=True)]), "low": None, "high": None}
-
-    own, peer = (min(some, key=lambda row: _mean(each(row))) for some in (exact, peers))
-    unbiased = [row for row in peers if _unbiased(row)]
-    return {
-        "measured": over(own, peers),
-        "row": own["name"],
-        "best_peer": f"on each policy; overall {peer['name']}",
-        "best_unbiased": "on each policy",
-        "against_unbiased": over(own, unbiased) if unbiased else {"value": math.nan},
-    }
-
-
-def _on_language_model(task: str, exact: list[dict[str, Any]], peers: list[dict[str, Any]]) -> dict[str, Any]:
-    def errors(row: dict[str, Any], what: str = "mse") -> list[float]:
-        values: list[float] = row["language_model"][task]["on_policy"][what]
-        return values
-
-    def over(own: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-        return language_model.jackknife([a / b for a, b in zip(errors(own), errors(other), strict=True)])
-
-    own, peer = (min(some, key=lambda row: errors(row)[0]) for some in (exact, peers))
-    found = {"measured": over(own, peer), "row": own["name"], "best_peer": peer["name"]}
-    unbiased = min(filter(_unbiased, peers), key=lambda row: errors(row)[0], default=None)
-    found["best_unbiased"] = unbiased["name"] if unbiased else "none"
-    found["against_unbiased"] = over(own, unbiased) if unbiased else {"value": math.nan}
-    bias = max(errors(peer, "bias")[0], 0.0) ** 2  # the error is bias + variance / completions, ours has no bias
-    if bias > 0:
-        variances = [64 * (errors(row)[0] - square) for row, square in ((own, 0.0), (peer, bias))]
-        found["ahead_from"] = (variances[0] - variances[1]) / bias
+    if reverse:
+        right = min(min(abs(end) for end in row["range"]["right"]) for row in reverse)
+        found["float32"] = {"goal": GOALS["float32"], "measured": right}
+    tables = {problem: standings.shares(result, problem) for problem in standings.problems(result)}
+    if any(standings.OURS in table for table in tables.values()):
+        on_policy = {problem: next(iter(table[standings.OURS].values())) for problem, table in tables.items()}
+        found["attained"] = {problem: asdict(share) for problem, share in on_policy.items()}
+    if any(len(table) > 1 for table in tables.values()):
+        found["ahead"] = _ahead(tables)
     return found
+
+
+def _ahead(tables: dict[str, dict[str, dict[str, standings.Share]]]) -> dict[str, Any]:
+    """In how many regimes ours is ahead of every default, and each default that it is not ahead of."""
+    regimes, others = [], []
+    for problem, table in tables.items():
+        for regime, ours in table[standings.OURS].items():
+            regimes.append((problem, regime))
+            for name, cells in table.items():
+                verdict = cells[regime].against(ours)
+                if name != standings.OURS and verdict != "behind":
+                    others.append((problem, regime, name, verdict))
+    clear = [each for each in regimes if each not in {(problem, regime) for problem, regime, *_ in others}]
+    return {"regimes": f"{len(clear)} of {len(regimes)} regimes", "not": others}
 
 
 def _own_bias(ours: list[dict[str, Any]]) -> float:
@@ -227,10 +197,6 @@ def _own_bias(ours: list[dict[str, Any]]) -> float:
         )
         found += [bias["worst"][row["claims"]] for bias in settings.values() if row["claims"] in bias["worst"]]
     return max(found, default=math.nan)
-
-
-def _mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import language_model
 import torch
+import trained
 from frameworks import framework, prepare
 
 from kl_plugins.conformance import measure
@@ -53,7 +54,7 @@ def measured(entry: Term, drawn: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def run(name: str, folder: Path | None, drawn: dict[str, Any] | None) -> dict[str, Any]:
-    """All rows of a framework, with its version."""
+    """All rows of a framework, with its version, and what its defaults train like."""
     chosen = framework(name)
     prepare(chosen, folder)
     start = time.perf_counter()
@@ -61,12 +62,15 @@ def run(name: str, folder: Path | None, drawn: dict[str, Any] | None) -> dict[st
         entries = chosen.entries()
         loaded = time.perf_counter()
         rows = [measured(entry, drawn) for entry in entries]
+        seen = time.perf_counter()
+        shares = [{"name": said, "shares": trained.shares(term)} for said, term in trained.terms(name, entries)]
     return {
         "framework": name,
         "version": version(chosen.distribution),
         "note": chosen.note,
         "rows": rows,
-        "seconds": {"import": loaded - start, "measure": time.perf_counter() - loaded},
+        "trained": shares,
+        "seconds": {"import": loaded - start, "measure": seen - loaded, "train": time.perf_counter() - seen},
     }
 
 

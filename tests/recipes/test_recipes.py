@@ -56,7 +56,8 @@ def test_all_are_tested_here():
     parts += [f"evidence/{name}.py" for name in ("trl_regimes", "trl_trainers")]
     parts += [f"evidence/{name}.py" for name in ("hack_picture", "hack_runs", "hack_task")]
     parts += [f"evidence/{name}.py" for name in ("bare_loop", "fixed_points")]
-    parts += [f"scoreboard/{name}.py" for name in ("frameworks", "language_model", "pages", "worker")]
+    parts += [f"scoreboard/{name}.py" for name in ("frameworks", "language_model", "pages", "standings")]
+    parts += [f"scoreboard/{name}.py" for name in ("trained", "worker")]
     found = [path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.[ps][yh]")]
     assert sorted(found) == sorted(here + elsewhere + parts)
     assert len(here + elsewhere) == 16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from typer.testing import CliRunner
 
 from kl_plugins.conformance import measure
 from kl_plugins.conformance.hosts import Term
-from kl_plugins.conformance.subject import from_function, from_spec
+from kl_plugins.conformance.subject import Scored, from_function, from_spec
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.oracle import relative_error, second_moment
 from kl_plugins.patching.versions import installed_version
@@ -27,6 +26,8 @@ import frameworks
 import language_model
 import pages
 import scoreboard
+import standings
+import trained
 import worker
 
 app = typer.Typer()
@@ -57,13 +58,28 @@ def rows(entries):
     return [worker.measured(entries[name], None) for name in names], [worker.measured(e, None) for e in theirs]
 
 
+def shares(mean):
+    """Of three seeds each, in two regimes of one problem."""
+    return {"terminal": {"on-policy": [mean - 0.01, mean, mean + 0.01], "stale": [0.5, 0.5, 0.5]}}
+
+
 @pytest.fixture(scope="module")
 def found(rows):
     ours, theirs = rows
     result = {"python": "3", "seconds": 1.0, "left_out": {"NeMo-RL": "a placeholder"}, "language_model": {}}
     result["frameworks"] = [
-        {"framework": name, "version": "1", "note": "", "rows": some, "seconds": {"import": 0.0, "measure": 1.0}}
-        for name, some in (("kl_plugins", ours), ("Other", theirs))
+        {
+            "framework": name,
+            "version": "1",
+            "note": "",
+            "rows": some,
+            "trained": [{"name": row, "shares": shares(mean)}],
+            "seconds": {"import": 0.0, "measure": 1.0, "train": 1.0},
+        }
+        for name, some, row, mean in (
+            ("kl_plugins", ours, "reverse_kl", 0.99),
+            ("Other", theirs, "k2, clamped", 0.8),
+        )
     ]
     return result | {"goals": scoreboard.goals(result)}
 
@@ -104,31 +120,41 @@ def test_the_squared_error_is_bias_and_variance_over_samples():
 
 def test_what_a_clamp_and_a_placeholder_do_is_said(found):
     page = pages.markdown(found)
-    (row,) = [line for line in page.splitlines() if line.startswith("| Other k2, clamped *")]
+    row, _ = [line for line in page.splitlines() if line.startswith("| Other k2, clamped *")]
     assert "< -4.5, > 4.5" in row
     assert "-4.5 to 4.5" in row
     assert "Not here: NeMo-RL: a placeholder." in page
     assert "kl_plugins 1, Other 1" in page
 
 
-def test_goals_are_reported_as_measured(found, rows):
-    ours, theirs = rows
-    assert found["goals"]["bias"]["measured"] < 1e-12
-    best = [min(r["mse"]["on_policy"]["of_each"][i] for r in theirs) for i in range(9)]
-    ratios = [math.log(a / b) for a, b in zip(ours[1]["mse"]["on_policy"]["of_each"], best, strict=True)]
-    assert found["goals"]["mse"]["measured"]["value"] == pytest.approx(math.exp(sum(ratios) / 9))
-    (line,) = [line for line in pages.goal_lines(found) if line.startswith("MSE")]
-    assert f"goal at most 0.25, measured {found['goals']['mse']['measured']['value']:.2f}" in line
+def test_goals_are_reported_as_measured(found):
+    goals = found["goals"]
+    assert goals["bias"]["measured"] < 1e-12
+    assert goals["attained"]["terminal"]["mean"] == pytest.approx(0.99)
+    assert goals["ahead"] == {"regimes": "1 of 2 regimes", "not": [("terminal", "stale", "Other k2, clamped", "tie")]}
+    said = list(pages.goal_lines(found))
+    assert any("terminal reward: goal at least 0.98, measured 0.990 ± 0.0" in line for line in said)
+    assert "not apart: Other k2, clamped (tie), terminal reward, stale" in said
 
 
-def test_twin_a_framework_that_wins_is_shown_as_such(found, rows):
-    ours, theirs = rows
-    better = json.loads(json.dumps(theirs[0]))
-    better["mse"]["on_policy"]["of_each"] = [1e-3 * x for x in ours[1]["mse"]["on_policy"]["of_each"]]
-    others = [found["frameworks"][0], found["frameworks"][1] | {"rows": [better, theirs[1]]}]
-    goals = scoreboard.goals(found | {"frameworks": others})
-    assert goals["mse"]["measured"]["value"] == pytest.approx(1000)
-    assert "overall Other k2, clamped" in goals["mse"]["best_peer"]
+@pytest.mark.parametrize(("mean", "verdict"), [(1.1, "ahead"), (0.98, "tie"), (0.9, "")])
+def test_a_framework_that_wins_or_ties_is_shown_as_such(found, mean, verdict):
+    theirs = found["frameworks"][1] | {"trained": [{"name": "k2", "shares": shares(mean)}]}
+    changed = found | {"frameworks": [found["frameworks"][0], theirs]}
+    columns, rows = standings.share_table(changed, "terminal")
+    assert columns == ["terminal reward", "on-policy", "stale"]
+    (row,) = [row for row in rows if row[0] == "Other k2"]
+    assert row[1].startswith(f"{mean:.3f} ± 0.0")
+    assert row[1].endswith(f" ({verdict})" if verdict else "25")
+    others = scoreboard.goals(changed)["ahead"]["not"]
+    assert [each[2:] for each in others if each[1] == "on-policy"] == ([("Other k2", verdict)] if verdict else [])
+
+
+def test_the_error_of_the_kl_alone_stands_apart_with_the_reason(found):
+    *_, facts, errors = pages.tables(found)
+    assert "MSE at 64" not in facts[1]
+    assert "MSE at 64" in errors[1]
+    assert "This is not the aim" in errors[3]
 
 
 def test_rows_that_agree_in_everything_stand_together(found):
@@ -166,9 +192,54 @@ def test_trl_by_its_own_functions():
     assert relative_error(mean, case.true("reverse_kl")) < 1e-6
 
 
+class TestTrained:
+    """What is trained: the frameworks' own functions, down to the advantages."""
+
+    @pytest.fixture
+    def rollout(self):
+        generator = torch.Generator().manual_seed(0)
+        logp, ref_logp = torch.randn(2, 8, 5, dtype=torch.float64, generator=generator)
+        outcome = torch.randn(8, dtype=torch.float64, generator=generator)
+        scored = Scored(logp=logp, ref_logp=ref_logp, mask=torch.ones(8, 5).bool(), old_logp=logp, group_size=4)
+        return scored, outcome
+
+    @staticmethod
+    def less_others(x, size=4):
+        groups = x.view(-1, size, *x.shape[1:])
+        return ((groups - groups.mean(1, keepdim=True)) * size / (size - 1)).view_as(x)
+
+    def test_trl_rloo(self, rollout):
+        scored, outcome = rollout
+        (rloo,) = trained.trl()
+        found = rloo.advantages(scored, outcome, 0.3)
+        whole = outcome - 0.3 * (scored.logp - scored.ref_logp).sum(-1)
+        torch.testing.assert_close(found, self.less_others(whole)[:, None].expand(8, 5), rtol=1e-5, atol=1e-5)
+
+    def test_openrlhf_sums_the_kl_from_the_token_on_and_subtracts_nothing(self, rollout):
+        scored, outcome = rollout
+        by_name = {each.name: each.advantages for each in trained.openrlhf()}
+        later = (scored.logp - scored.ref_logp).flip(-1).cumsum(-1).flip(-1)
+        found = by_name["k1 in reward, rloo"](scored, outcome, 0.3)
+        torch.testing.assert_close(found, self.less_others(outcome)[:, None] - 0.3 * later, rtol=1e-5, atol=1e-5)
+        grpo = by_name["k1 in reward, dr_grpo"](scored, outcome, 0.3)
+        torch.testing.assert_close(grpo, 0.75 * self.less_others(outcome)[:, None] - 0.3 * later, rtol=1e-5, atol=1e-5)
+
+    def test_every_default_is_trained(self):
+        ours = [name for name, _ in trained.terms("kl_plugins", frameworks.ours())]
+        trl = [name for name, _ in trained.terms("TRL", frameworks.framework("TRL").entries())]
+        assert ours == ["reverse_kl"]
+        assert (trained.PICKED.credit, trained.PICKED.baseline) == ("sequence", "group_mean")
+        assert trl == ["GRPO (k3, bias correction)", "RLOO (k1, whole sequences)"]
+
+    def test_every_regime_has_a_share_of_each_seed(self):
+        found = trained.shares(trained.PICKED, seeds=2, steps=2)
+        assert list(found) == list(trained.BETAS)
+        assert all([len(values) for values in of.values()] == [2] * len(trained.REGIMES) for of in found.values())
+
+
 def test_any_viewer_draws_the_picture(found, tmp_path):
     """Outside a browser a colour that is a CSS variable comes out black."""
-    svg, png = pages.draw(found, tmp_path / "new" / "a.svg", tmp_path / "a.png")
+    svg, png = standings.draw(found, tmp_path / "new" / "a.svg", tmp_path / "a.png")
     assert ElementTree.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert "var(" not in svg.read_text()
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -185,7 +256,7 @@ def test_the_pages_section_is_replaced_and_nothing_else(found, tmp_path):
     page.write_text(f"before\n{pages.BEGIN}\nwhat stood here\n{pages.END}\nafter\n")
     written = pages.write_all(found, tmp_path / "out", page=page)
     text = page.read_text()
-    assert text.startswith(f"before\n{pages.BEGIN}\n| KL term")
+    assert text.startswith(f"before\n{pages.BEGIN}\n### Share of the attainable")
     assert text.endswith(f"{pages.END}\nafter\n")
     assert "what stood here" not in text
     assert json.loads((tmp_path / "out" / "scoreboard.json").read_text())["goals"]
