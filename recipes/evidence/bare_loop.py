@@ -18,6 +18,7 @@ from kl_plugins.conformance import known_optimum as known
 
 BETAS = {"terminal": 0.3, "hackable": 0.3, "dense": 1.0}
 LENGTHS = (16, 32, 64, 128, 256)
+BATCH = 64
 SEEDS = 6
 STEPS = 200
 BACK_STEPS = 40
@@ -31,12 +32,39 @@ def as_of_the_rollout(scored, outcome, beta):
     return (total - total.mean(1, keepdim=True)).flatten()[:, None].expand_as(scored.logp)
 
 
+def between():
+    """k1 whose credit is between to_go and sequence: as much of the KL *before* a token as cancels the reward's noise.
+
+    The advantage is R - beta U_later - lambda beta U_before, less the group's mean. Its expected gradient is the same
+    for every lambda: 0 is to_go, 1 sequence. Each position's lambda is the regression of the first two terms on the
+    third, from earlier batches. Not a configuration of the package: what one could gain.
+    """
+    sums = None
+
+    def advantages(scored, outcome, beta):
+        nonlocal sums
+        u = scored.old_logp - scored.ref_logp
+        later = u.flip(-1).cumsum(-1).flip(-1)
+        costs = torch.stack([outcome[:, None] - beta * later, beta * (u.sum(-1, keepdim=True) - later)])
+        groups = costs.view(2, -1, scored.group_size, u.size(1))
+        rest, before = (groups - groups.mean(2, keepdim=True)).view(
+            2, -1, BATCH, u.size(1)
+        )  # a run, its rows, positions
+        part = 0 if sums is None else (sums[0] / sums[1].clamp(min=1e-12)).clamp(0, 1)
+        new = torch.stack([(rest * before).sum(1, keepdim=True), before.square().sum(1, keepdim=True)])
+        sums = new if sums is None else 0.9 * sums + 0.1 * new
+        return (rest - part * before).view_as(u)
+
+    return known.InReward(name="between to_go and sequence", advantages=advantages)
+
+
 def k1(credit="sequence", **options):
     """k1 in reward, treated as GRPO treats its rewards."""
     return KLSpec(name="k1_in_reward", credit=credit, baseline="group_mean", **options)
 
 
 PICKED = "reverse_kl"
+BETWEEN = "between to_go and sequence"
 ARMS = {
     "no KL": None,
     "k1_as_loss": KLSpec(name="k1_as_loss", allow_biased=True),
@@ -47,6 +75,7 @@ ARMS = {
     "k1_in_reward, to_go": k1("to_go"),
     "k1 as of the rollout": known.InReward(name="k1 as of the rollout", advantages=as_of_the_rollout),
     PICKED: k1(clip="combined"),
+    BETWEEN: between,
 }
 WEIGHTS = {
     "sequence, in the advantage": k1(clip="combined"),
@@ -77,7 +106,9 @@ POINTS = {"half way": 3.0, "the optimum": 1.0, "past it": 0.3, "far past it": 0.
 """Name -> the policy that is optimal at this many times beta. (At the reference no KL has a gradient, or noise.)"""
 LASTING = ("no KL", "k1_as_loss")
 SAID = {
-    "lengths": f"Share of the attainable, groups of 8, {STEPS} rollouts of 64; Adam's rate is 0.05.",
+    "lengths": f"Share of the attainable, groups of 8, {STEPS} rollouts of 64. Adam's rate is 0.2 over the root of "
+    "the length, so that an update moves completions about as far. What is between to_go and sequence is no option of "
+    "the package: it subtracts as much of the KL before a token as cancelled the reward's noise in earlier batches.",
     "regimes": "The rate is Adam's 0.05, with 4 updates a batch 0.02. Share of the attainable, at length 16.",
     "weights": "k1 in reward off-policy, with several credits, placements and weights.",
     "back": f"{BACK_STEPS} rollouts of 64 from the policy that is optimal at {POINTS['far past it']} times beta.",
@@ -93,15 +124,15 @@ def jobs(quick):
         wanted = [("lengths", "terminal", length, "on-policy") for length in (16, 64)]
         wanted += [("regimes", "hackable", 16, regime) for regime in ("on-policy", "8 updates stale")]
     else:
-        wanted = [("lengths", problem, length, "on-policy") for problem in ("terminal", "dense") for length in LENGTHS]
+        wanted = [("lengths", problem, length, "on-policy") for problem in BETAS for length in LENGTHS]
         wanted += [("regimes", problem, 16, regime) for problem in BETAS for regime in REGIMES]
         wanted += [("weights", problem, 16, regime) for problem in BETAS for regime in OFF_POLICY]
         wanted += [("noise", problem, 16, point) for problem in BETAS for point in POINTS]
         wanted += [("back", problem, 16, "from far past it") for problem in BETAS]
-    regularized = [arm for arm in ARMS if arm not in LASTING]
+    regularized = [arm for arm in ARMS if arm not in (*LASTING, BETWEEN)]
     arms = {
-        "lengths": regularized,
-        "regimes": list(ARMS),
+        "lengths": [*regularized, BETWEEN],
+        "regimes": [*LASTING, *regularized],
         "weights": list(WEIGHTS),
         "noise": [""],
         "back": regularized,
@@ -122,11 +153,14 @@ def work(job):
     options = dict(REGIMES.get(job["regime"], {}))
     problems = [problem_of(job, seed, options.get("beta", 1.0)) for seed in job["seeds"]]
     options.pop("beta", None)
-    options["steps"] = STEPS
+    options |= {"steps": STEPS, "batch": BATCH}
+    if job["part"] == "lengths":
+        options["rate"] = 0.2 / job["length"] ** 0.5
     if job["part"] == "back":
         far = POINTS["far past it"]
         options |= {"start": [known.optimum(problem_of(job, s, far))[0] for s in job["seeds"]], "steps": BACK_STEPS}
     term = (WEIGHTS if job["part"] == "weights" else ARMS)[job["arm"]]
+    term = term() if term is between else term
     trained = known.train_all(term, problems, seeds=job["seeds"], **options)
     return {name: [getattr(each, name) for each in trained] for name in ("share", "reward", "kl", "largest_gradient")}
 

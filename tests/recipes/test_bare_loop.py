@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kl_plugins.conformance import Scored
 from kl_plugins.conformance import known_optimum as known
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -51,6 +52,27 @@ def test_a_smaller_beta_is_another_problem(brief):
     job = small(bare_loop.jobs(False)[0]) | {"part": "regimes", "arm": "no KL"}
     shares = [bare_loop.work(job | {"regime": regime})["share"] for regime in ("on-policy", "a tenth of beta")]
     assert shares[0] != shares[1]
+
+
+def test_between_to_go_and_sequence_the_expected_gradient_is_the_same():
+    """At lambda 0, in the first batch, it is to_go; later what it subtracts is known before the batch is drawn."""
+    term, beta = bare_loop.between(), 0.3
+    generator = torch.Generator().manual_seed(0)
+
+    def advantages():
+        logp, ref_logp = torch.randn(2, bare_loop.BATCH, 3, dtype=torch.float64, generator=generator)
+        outcome = torch.randn(bare_loop.BATCH, dtype=torch.float64, generator=generator)
+        scored = Scored(logp=logp, ref_logp=ref_logp, mask=torch.ones(1), old_logp=logp, group_size=8)
+        later, u = (logp - ref_logp).flip(-1).cumsum(-1).flip(-1), logp - ref_logp
+        to_go, before = outcome[:, None] - beta * later, beta * (u.sum(-1, keepdim=True) - later)
+        less = [(x.view(-1, 8, 3) - x.view(-1, 8, 3).mean(1, keepdim=True)).view_as(x) for x in (to_go, before)]
+        return term.advantages(scored, outcome, beta), *less
+
+    first, to_go, before = advantages()
+    torch.testing.assert_close(first, to_go)
+    wanted = ((to_go * before).sum(0) / before.square().sum(0).clamp(min=1e-12)).clamp(0, 1)
+    second, to_go, before = advantages()
+    torch.testing.assert_close(second, to_go - wanted * before)
 
 
 def test_training_back_starts_far_past_the_optimum(brief, monkeypatch):
