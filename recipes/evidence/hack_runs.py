@@ -62,8 +62,8 @@ PARTS = {
         exploit="0",
         pays=2.0,
         betas=(0.3, 0.15, 0.6),
-        learning_rate=6e-4,
-        steps=100,
+        learning_rate=9e-4,
+        steps=140,
         arms=(
             "no KL",
             "k1_as_loss",
@@ -229,7 +229,7 @@ def _train_with_trl(job, part, task, watch):
     options = {
         "beta": job["beta"], "seed": job["seed"], "learning_rate": part.learning_rate, "max_steps": job["steps"],
         "num_iterations": part.reuse, "per_device_train_batch_size": BATCH, "num_generations": GROUP,
-        "max_completion_length": MOST_TOKENS, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": WARMUP,
+        "max_completion_length": MOST_TOKENS, "lr_scheduler_type": "linear", "warmup_steps": WARMUP,
         "adam_beta2": ADAM_BETA2,
         "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True, "model_init_kwargs": {"dtype": "float32"},

@@ -21,7 +21,7 @@ def work(job):
     problems = [json.loads(line) for line in (task.folder / "train.jsonl").read_text().splitlines()]
     adam = ("--actor.adam.lr", str(part.learning_rate), "--actor.adam.betas", "0.9", str(ADAM_BETA2))
     warmup = str(WARMUP / job["steps"])
-    schedule = ("--actor.lr_scheduler", "constant_with_warmup", "--actor.lr_warmup_ratio", warmup)
+    schedule = ("--actor.lr_scheduler", "linear", "--actor.lr_warmup_ratio", warmup)
     args = arguments(job["arm"], "rloo", job["beta"], BATCH, *adam, *schedule)
 
     def draw():
