@@ -12,7 +12,7 @@ form, and what the policy is worth is computed by backward recursion, at any len
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ class Trained:
     """Largest norm of an update's gradient."""
     hacks: float
     """Probability that the policy's first token is 0, which `hackable` pays for."""
+    policy: Tensor = field(compare=False, repr=False)
+    """(T, V, V) logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +253,9 @@ def gradients(
 def _judge(problem: Problem, logits: Tensor, largest: float) -> Trained:
     reward, kl = reward_and_kl(logits, problem)
     hacks = logits[0, 0].softmax(-1)[0].item()
-    return Trained(reward=reward, kl=kl, share=share(logits, problem), largest_gradient=largest, hacks=hacks)
+    return Trained(
+        reward=reward, kl=kl, share=share(logits, problem), largest_gradient=largest, hacks=hacks, policy=logits
+    )
 
 
 def _check(problems: Sequence[Problem], batch: int, group_size: int, baseline: str, scale: str, kl_scale: str) -> None:

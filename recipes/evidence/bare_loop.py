@@ -6,7 +6,7 @@ evaluation. All seeds of an arm train side by side, as one job. Parts:
     lengths  share of the attainable against the length of completions
     regimes  groups, scales, small betas, several updates a batch, stale samplers, an engine that differs
     weights  the same KL off-policy: in the advantage, or in a term of its own with weights of its own
-    noise    squared error of reward and KL together at policies from the reference to far past the optimum
+    noise    squared error of reward and KL together, on the way to the optimum and where no KL leads
     back     training back from far past the optimum, where rewards hardly differ
 """
 
@@ -102,8 +102,15 @@ REGIMES = {
     "an engine off by 0.5": {"engine_noise": 0.5},
 }
 OFF_POLICY = list(REGIMES)[-5:]
-POINTS = {"half way": 3.0, "the optimum": 1.0, "past it": 0.3, "far past it": 0.03}
-"""Name -> the policy that is optimal at this many times beta. (At the reference no KL has a gradient, or noise.)"""
+POINTS = {
+    "after 20 updates": (PICKED, 20),
+    "after 200 updates": (PICKED, 200),
+    "after 60 without a KL": ("no KL", 60),
+    "after 200 without a KL": ("no KL", 200),
+}
+"""Name -> the arm and the updates that have made the policy of the part "noise"."""
+FAR = 0.03
+"""The part "back" starts at the policy that is optimal at this many times beta."""
 LASTING = ("no KL", "k1_as_loss")
 SAID = {
     "lengths": f"Share of the attainable, groups of 8, {STEPS} rollouts of 64. Adam's rate is 0.2 over the root of "
@@ -111,10 +118,10 @@ SAID = {
     "the package: it subtracts as much of the KL before a token as cancelled the reward's noise in earlier batches.",
     "regimes": "The rate is Adam's 0.05, with 4 updates a batch 0.02. Share of the attainable, at length 16.",
     "weights": "k1 in reward off-policy, with several credits, placements and weights.",
-    "back": f"{BACK_STEPS} rollouts of 64 from the policy that is optimal at {POINTS['far past it']} times beta.",
-    "noise": "Squared error of the gradient of a batch of 64: of sequence credit in the unit of that without a KL, of "
-    "the others in the unit of sequence credit. Mix: sequence + coefficient (exact - sequence), which has the same "
-    "expected gradient; the coefficient is estimated from other batches.",
+    "back": f"{BACK_STEPS} rollouts of 64, from the policy that is optimal at {FAR} times beta.",
+    "noise": "Squared error of the gradient of a batch of 64, in the unit of the reward's own error (no KL). Mix: "
+    "sequence + coefficient (exact - sequence), which has the same expected gradient; the coefficient is estimated "
+    "from other batches.",
 }
 
 
@@ -148,7 +155,10 @@ def work(job):
     """Lists of numbers, one for each seed: `share`, `reward`, `kl`, `largest_gradient` of a training; or `noise`."""
     torch.set_num_threads(1)
     if job["part"] == "noise":
-        found = [noise(problem_of(job, seed), POINTS[job["regime"]]) for seed in job["seeds"]]
+        problems = [problem_of(job, seed) for seed in job["seeds"]]
+        arm, steps = POINTS[job["regime"]]
+        trained = known.train_all(ARMS[arm], problems, seeds=job["seeds"], steps=steps)
+        found = [noise(problem, each.policy) for problem, each in zip(problems, trained, strict=True)]
         return {name: [each[name] for each in found] for name in found[0]}
     options = dict(REGIMES.get(job["regime"], {}))
     problems = [problem_of(job, seed, options.get("beta", 1.0)) for seed in job["seeds"]]
@@ -157,8 +167,7 @@ def work(job):
     if job["part"] == "lengths":
         options["rate"] = 0.2 / job["length"] ** 0.5
     if job["part"] == "back":
-        far = POINTS["far past it"]
-        options |= {"start": [known.optimum(problem_of(job, s, far))[0] for s in job["seeds"]], "steps": BACK_STEPS}
+        options |= {"start": [known.optimum(problem_of(job, s, FAR))[0] for s in job["seeds"]], "steps": BACK_STEPS}
     term = (WEIGHTS if job["part"] == "weights" else ARMS)[job["arm"]]
     term = term() if term is between else term
     trained = known.train_all(term, problems, seeds=job["seeds"], **options)
@@ -171,15 +180,13 @@ def problem_of(job, seed, times_beta=1.0):
     return known.PROBLEMS[kind](length=job["length"], beta=times_beta * BETAS[kind], seed=seed)
 
 
-def noise(problem, times_beta):
-    """Expected squared errors of the gradient of reward and KL together, at the optimum of so many times beta.
+def noise(problem, policy):
+    """Expected squared errors of the gradient of reward and KL together, in the unit of the reward's own error.
 
-    `sequence` is in the unit of the reward's own error (no KL); the others in the unit of `sequence`: `to_go`,
-    `exact`, and `mix`, sequence + `coefficient` (exact - sequence) on the same samples, which has the same expected
-    gradient; its coefficient, the best one, is taken from other batches.
+    `mix` is sequence + `coefficient` (exact - sequence) on the same samples, which has the same expected gradient; the
+    coefficient, the best one, is taken from other batches.
     """
-    other = known.Problem(**{**vars(problem), "beta": problem.beta * times_beta})
-    policy = known.optimum(other)[0].requires_grad_()
+    policy = policy.clone().requires_grad_()
     reward, kl = known.worth(policy, problem)
     (true,) = torch.autograd.grad(problem.beta * kl - reward, policy, retain_graph=True)
     (of_reward,) = torch.autograd.grad(-reward, policy)
@@ -198,8 +205,8 @@ def noise(problem, times_beta):
     coefficient = -(earlier["sequence"] * apart).sum() / apart.square().sum()
     later["mix"] = later["sequence"] + coefficient * (later["exact"] - later["sequence"])
     size = {name: x.square().flatten(1).sum(1).mean().item() for name, x in later.items()}
-    found = {name: size[name] / size["sequence"] for name in ("to_go", "exact", "mix")}
-    return found | {"sequence": size["sequence"] / size["reward"], "coefficient": coefficient.item()}
+    found = {name: size[name] / size["reward"] for name in ("sequence", "to_go", "exact", "mix")}
+    return found | {"coefficient": coefficient.item()}
 
 
 def by_seed(rows):

@@ -79,14 +79,23 @@ def test_training_back_starts_far_past_the_optimum(brief, monkeypatch):
     monkeypatch.setattr(bare_loop, "BACK_STEPS", 0)
     job = small(bare_loop.jobs(False)[-1])
     assert job["part"] == "back"
-    far = bare_loop.problem_of(job, 1, bare_loop.POINTS["far past it"])
+    far = bare_loop.problem_of(job, 1, bare_loop.FAR)
     assert bare_loop.work(job)["kl"][1] == pytest.approx(known.reward_and_kl(known.optimum(far)[0], far)[1])
 
 
 def test_a_mix_is_no_noisier_than_both_of_its_parts(monkeypatch):
     monkeypatch.setattr(bare_loop, "BATCHES", 256)
-    found = bare_loop.noise(known.terminal(length=5, beta=0.3, seed=0), 0.3)
-    assert found["mix"] < 1.1 * min(1.0, found["exact"])
+    problem = known.terminal(length=5, beta=0.3, seed=0)
+    found = bare_loop.noise(problem, known.optimum(known.terminal(length=5, beta=0.1, seed=0))[0])
+    assert found["mix"] < 1.1 * min(found["sequence"], found["exact"])
+
+
+def test_sequence_credit_has_no_noise_at_the_optimum(monkeypatch):
+    monkeypatch.setattr(bare_loop, "BATCHES", 64)
+    problem = known.terminal(length=5, beta=0.3, seed=0)
+    found = bare_loop.noise(problem, known.optimum(problem)[0])
+    assert found["sequence"] < 1e-20
+    assert found["exact"] > 0.1
 
 
 def test_the_optimum_of_whole_completions_is_the_best_fixed_point():
