@@ -21,7 +21,7 @@ LENGTHS = (16, 32, 64, 128, 256)
 BATCH = 64
 SEEDS = 6
 STEPS = 200
-BACK_STEPS = 40
+BACK_STEPS = 80
 BATCHES = 256
 """Batches that the noise is measured on: half of them for the coefficient of the mix."""
 
@@ -109,7 +109,7 @@ POINTS = {
     "after 200 without a KL": ("no KL", 200),
 }
 """Name -> the arm and the updates that have made the policy of the part "noise"."""
-FAR = 0.03
+FAR = 0.1
 """The part "back" starts at the policy that is optimal at this many times beta."""
 LASTING = ("no KL", "k1_as_loss")
 SAID = {
