@@ -47,9 +47,8 @@ def between():
         later = u.flip(-1).cumsum(-1).flip(-1)
         costs = torch.stack([outcome[:, None] - beta * later, beta * (u.sum(-1, keepdim=True) - later)])
         groups = costs.view(2, -1, scored.group_size, u.size(1))
-        rest, before = (groups - groups.mean(2, keepdim=True)).view(
-            2, -1, BATCH, u.size(1)
-        )  # a run, its rows, positions
+        centred = groups - groups.mean(2, keepdim=True)
+        rest, before = centred.view(2, -1, BATCH, u.size(1))  # the runs, their rows, positions
         part = 0 if sums is None else (sums[0] / sums[1].clamp(min=1e-12)).clamp(0, 1)
         new = torch.stack([(rest * before).sum(1, keepdim=True), before.square().sum(1, keepdim=True)])
         sums = new if sums is None else 0.9 * sums + 0.1 * new
@@ -211,10 +210,9 @@ def noise(problem, policy):
 
 def by_seed(rows):
     """The rows of `runs.run_all`, one for each seed."""
-    plain = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in rows]
     return [
-        {**same, "seed": seed, **{name: value[i] for name, value in row.items() if isinstance(value, list)}}
-        for row, same in zip(rows, plain, strict=True)
+        {"seed": seed} | {name: value[i] if isinstance(value, list) else value for name, value in row.items()}
+        for row in rows
         for i, seed in enumerate(row["seeds"])
     ]
 
