@@ -193,7 +193,10 @@ def legend(found: dict[str, Any]) -> list[str]:
         "groups of 8, GRPO's policy loss; rewards aren't divided by a deviation), a KL in the reward down to the "
         "advantages by the framework's own functions. Means and 95% intervals over "
         f"{'/'.join(map(str, sorted(seeds)))} seeds, each a problem of its own. Tie: the interval overlaps that "
-        "of `reverse_kl`; ahead: it lies above."
+        "of `reverse_kl`; ahead: it lies above.",
+        "4 updates a batch: at Adam's rate 0.02 instead of 0.05. 8 updates stale: the policy that draws, and with it "
+        "the KL of a rollout's reward, lags 8 updates behind. An engine that differs: the logits that it draws from "
+        "are off by 0.2 (standard deviation, the same all along), its log-probs are known.",
     ]
     said.append(f"Versions: {versions}; Python {found['python']}; {found['seconds']:.0f} s.")
     return said + [f"Not here: {name}: {why}." for name, why in found["left_out"].items()]
