@@ -96,6 +96,12 @@ def report(name, rows, console, docs):
     exact = ("exact_in_reward", "reverse_kl")
     if set(exact) <= arms:
         table(f"{exact[0]} less {exact[1]} on the way", ("", *COLUMNS), on_the_way(main, *exact))
+    if name == "front":
+        texts += [
+            "![Right answers and hacks of each KL term](images/reward_hacking.png)",
+            "Gradient norms before clipping, median and range over the seeds:",
+            "![Gradient norms over the updates](images/reward_hacking_norms.png)",
+        ]
     if docs:
         write_section(docs / "evidence.md", f"reward hacking: {name}", "\n\n".join(texts))
 
