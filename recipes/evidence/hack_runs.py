@@ -89,8 +89,8 @@ PARTS = {
         exploit="111",
         pays=1.0,
         betas=(0.25,),
-        learning_rate=2e-3,
-        steps=140,
+        learning_rate=1e-3,
+        steps=180,
         arms=("k3_as_loss", "k2_as_loss", "exact_in_reward", "reverse_kl"),
         pairs=(
             ("k3_as_loss", "k2_as_loss"),
