@@ -62,6 +62,8 @@ def pytest_terminal_summary(terminalreporter):
     cells, durations = defaultdict(list), []
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
+            if not hasattr(report, "duration"):  # a module that could not be imported
+                continue
             durations.append((report.duration, f"{report.when} of {report.nodeid}"))
             for name, value in report.user_properties:
                 if name == COVERS:
