@@ -89,8 +89,8 @@ LOSSES: dict[str, KLLoss] = _built_in(
     KLLoss(
         name="k1_in_reward",
         in_reward=True,
-        summary="Reverse KL of whole sequences: every token pays for the log-ratios of all that follow it (to_go) or of "
-        "the whole completion (sequence).",
+        summary="Reverse KL of whole sequences: every token pays for the log-ratios of all that follow it (to_go) or "
+        "of the whole completion (sequence).",
         value=estimators.k1,
         coefficient=estimators.k1,
         gradient_of={"to_go": "reverse_kl", "sequence": "reverse_kl", "token": "local_reverse_kl"},
