@@ -36,7 +36,7 @@ help:  ## list the targets
 
 setup: $(INSTALLED)  ## make .venv (two minutes and 2.5 GB without a GPU)
 
-quickstart: setup  ## train a small model with GRPO, vLLM rollouts and kl="k2_as_loss"
+quickstart: setup  ## train a small model with GRPO, vLLM rollouts and kl="reverse_kl"
 	$(RUN) recipes/grpo.py $(ARGS)
 
 quickstart-openrlhf: setup  ## the same with OpenRLHF: its Ray actors, DeepSpeed and vLLM

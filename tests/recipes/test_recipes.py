@@ -138,9 +138,9 @@ def test_reward_hacking_says_what_does_not_hold(folder):
     assert (out / "reward_hacking.png").stat().st_size > 10_000
 
 
-def test_gradients_measures_what_the_readme_says(folder):
+def test_gradients_measures_what_the_documents_say(folder):
     printed = start("gradients.py", folder=folder)
-    readme = (RECIPES.parent / "README.md").read_text()
+    theory = (RECIPES.parent / "docs" / "theory.md").read_text()
     rows = {
         "k1": "k1 (slime", "k2": "k2 (offered", "k3 (GRPO's paper)": "k3 (GRPO", "k3 * ratio (TRL 1.16)": "k3 times",
         "k3, value clamped at 10": "k3 with its", "kl_plugins k2_as_loss": "`kl_plugins` `k2",
@@ -148,7 +148,7 @@ def test_gradients_measures_what_the_readme_says(folder):
     }  # fmt: skip
     for term, start_of_row in rows.items():
         found = next(line for line in printed.splitlines() if line.strip("│ ").startswith(f"{term} "))
-        claimed = next(line for line in readme.splitlines() if line.startswith(f"| {start_of_row}"))
+        claimed = next(line for line in theory.splitlines() if line.startswith(f"| {start_of_row}"))
         assert [cell.strip() for cell in found.strip("│ ").split("│")][1:] == claimed.strip("| ").replace(
             " ", ""
         ).split("|")[1:]
