@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from kl_plugins.cli import app
 from kl_plugins.core import registry
 from kl_plugins.core.controllers import ControllerSpec
+from kl_plugins.integration.choice import TREATMENTS
 from kl_plugins.integration.flags import parse_flags
 from kl_plugins.openrlhf.plan import OpenRLHFOptions
 
@@ -291,6 +292,16 @@ def test_the_table_of_configurations_is_the_registrys():
     assert shown == {(name, credit): of for name, loss in losses.items() for credit, of in loss.gradient_of.items()}
     assert defaults == {name: loss.default_credit for name, loss in losses.items()}
     assert refused == {name for (name, _), of in shown.items() if of in ("zero", "biased")}
+
+
+def test_the_table_of_picks_is_the_one_that_picks():
+    shown = {}
+    for trainers, _, options in rows("docs/configurations.md", "| trainer |"):
+        credit, baseline = (re.search(rf'{name}="(\w+)"', options) for name in ("kl_credit", "kl_baseline"))
+        words = re.findall(r"\w+", trainers)
+        hosts = [(host, name) for host, name in TREATMENTS if (name or host.upper()) in words]
+        shown |= dict.fromkeys(hosts, (credit[1], baseline and baseline[1]))
+    assert shown == {host: (found.credit, found.baseline) for host, found in TREATMENTS.items()}
 
 
 def test_every_option_is_in_the_tables():
