@@ -269,7 +269,6 @@ _GRPO_OPTIONS: dict[str, tuple[type, Any]] = {
     "multi_objective_aggregation": (str, "sum_then_normalize"),
     "use_bias_correction_kl": (bool, True),
     "importance_sampling_level": (str, "token"),
-    "vllm_importance_sampling_correction": (bool, True),
     "off_policy_mask_threshold": (float, None),
     "top_entropy_quantile": (float, 1.0),
 }

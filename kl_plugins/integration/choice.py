@@ -126,7 +126,7 @@ def choose(
         estimator: Which of the host's advantage estimators, if it has several.
         groups: Whether a prompt has several completions.
         off_policy: Whether some samples are from an older policy, or from another engine.
-        in_advantage: Whether the KL can be in the host's advantage, with the reward's own ratio, clip and weight.
+        in_advantage: Whether the KL can be in the host's advantage, with the reward's own ratio and clip.
 
     Raises what `get_loss` raises.
 
@@ -147,8 +147,8 @@ def choose(
     why = treatment.why.format(host=_NAMES.get(host, host))
     if chosen and off_policy and not given.keys() & set(OFF_POLICY_OPTIONS):
         options |= {"kl_clip": "combined"} if in_advantage else {"kl_off_policy": "token"}
-        as_rewards = "and clipped in the advantage, as its reward is" if in_advantage else "by each token's own ratio"
-        why += f"; what an older policy or vLLM has drawn is weighted {as_rewards}"
+        how = "and clipped in the advantage, as its reward is" if in_advantage else "by each token's own ratio"
+        why += f"; what an older policy or vLLM has drawn is weighted {how}"
     return Choice(
         kl=loss.name,
         picked={name: value for name, value in options.items() if name not in given},
@@ -168,16 +168,17 @@ def updates_per_rollout(settings: Any) -> tuple[float, bool]:
 
 
 def in_advantage(host: str, settings: Any) -> bool:
-    """Whether TRL's ratio, clip and weight for what vLLM draws can be those of a KL in the advantage, too.
+    """Whether TRL's ratio and clip can be those of the KL, too, which then is in the advantage.
 
-    `settings` are those of GRPO, GMPO or RLOO. GRPO's masks would leave the KL of the masked tokens out; RLOO has no
-    weight for vLLM, and one advantage a completion, as GMPO has.
+    `settings` are those of GRPO, GMPO or RLOO. Not with vLLM, of whose completions TRL drops those that it would draw
+    too rarely, and with them their KL, just where it is needed (RLOO has no weight for vLLM at all). GRPO's masks
+    would leave out the KL of the masked tokens; RLOO has one advantage a completion, as GMPO has.
     """
+    if settings.use_vllm:
+        return False
     if host == "grpo":
-        unmasked = settings.off_policy_mask_threshold is None and settings.top_entropy_quantile == 1.0
-        return unmasked and (not settings.use_vllm or bool(settings.vllm_importance_sampling_correction))
-    one_each = settings.kl_credit in (None, "sequence") and not set(settings.kl_leave_out) - {"first"}
-    return host == "rloo" and one_each and not settings.use_vllm
+        return settings.off_policy_mask_threshold is None and settings.top_entropy_quantile == 1.0
+    return host == "rloo" and settings.kl_credit in (None, "sequence") and not set(settings.kl_leave_out) - {"first"}
 
 
 def _words(options: Mapping[str, Any]) -> str:
