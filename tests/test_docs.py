@@ -141,7 +141,7 @@ def test_ten_lines_before_and_after(sign, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.Trainer, "train", lambda trainer: trained.append(trainer))
     monkeypatch.chdir(tmp_path)
     run(code, "README.md", {"reward": digit_share})
-    assert getattr(trained[0].args, "kl", None) == {"-": None, "+": "k2_as_loss"}[sign]
+    assert getattr(trained[0].args, "kl", None) == {"-": None, "+": "reverse_kl"}[sign]
 
 
 # Command lines
@@ -302,6 +302,13 @@ def test_the_table_of_picks_is_the_one_that_picks():
         hosts = [(host, name) for host, name in TREATMENTS if (name or host.upper()) in words]
         shown |= dict.fromkeys(hosts, (credit[1], baseline and baseline[1]))
     assert shown == {host: (found.credit, found.baseline) for host, found in TREATMENTS.items()}
+
+
+def test_the_readme_has_the_numbers_of_the_evidence():
+    measured = (ROOT / "docs" / "evidence.md").read_text()
+    cells = [cell for row in rows("README.md", "| regime |") for cell in row[1:]]
+    assert len(cells) == 20
+    assert [cell for cell in cells if cell not in measured] == []
 
 
 def test_every_option_is_in_the_tables():
