@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kl_plugins.core.reward_scale import EPSILON
 from kl_plugins.integration.choice import TREATMENTS
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ SCALED_BY_DEFAULT = {"grpo": "group", "rloo": "none"}
 """TRL's own default of `scale_rewards`; `RLOOTrainer` has no such option."""
 FEWEST_PROMPTS = 8
 """With fewer, resampling prompts tells too little to call one configuration better than another."""
-TRL_EPSILON = 1e-4
-"""What TRL adds to the standard deviation of a group's rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class Objective:
         groups = rewards.view(-1, self.group_size)
         found = (groups - groups.mean(1, keepdim=True)) * self.group_size / (self.group_size - 1)
         if self.scale_rewards == "group":
-            found = found / (groups.std(1, keepdim=True) + TRL_EPSILON)
+            found = found / (groups.std(1, keepdim=True) + EPSILON)
         flat: Tensor = found.flatten()
         return flat
 

@@ -38,6 +38,7 @@ def whole_statistics(found: Collected, *, batch: int) -> dict[str, Any]:
     off_policy = any(c.off_policy for c in found.configurations)
     picked = choose(REVERSE_KL, {}, host=objective.trainer, off_policy=off_policy)
     wanted = {"kl": picked.kl, **picked.options}
+    wanted.pop("kl_clip")  # the rows have none, and nothing here is picked that has one
     pick = next(i for i, c in enumerate(found.all_configurations) if _asked(c) == wanted)
     gradient = _gradient(found, objective, pick=None if off_policy else pick)
     scale = positive(squared_norm(gradient))

@@ -116,6 +116,8 @@ def _picks() -> list[dict[str, Any]]:
     """What `reverse_kl` picks in each host."""
     picks = []
     for host, estimator in TREATMENTS:
+        if host == "gmpo":  # as GRPO
+            continue
         choice = choose(REVERSE_KL, {}, host=host, estimator=estimator)
         trainer = {"openrlhf": f"OpenRLHF, {estimator}", "grpo": "TRL GRPO, GMPO"}.get(host, f"TRL {host.upper()}")
         picks.append({"trainer": trainer, "kl": choice.kl, **choice.options, "why": choice.why})
@@ -124,7 +126,9 @@ def _picks() -> list[dict[str, Any]]:
 
 def _show_picks(console: Console) -> None:
     """The page of `reverse_kl`."""
-    text = f"picks, for the trainer at hand, the configuration that measured best: {MEANING[REVERSE_KL]}."
+    text = (
+        f"picks, for the trainer at hand, what measured best (docs/evidence.md says where not): {MEANING[REVERSE_KL]}."
+    )
     paragraph(console, text, label=f"{REVERSE_KL}:")
     console.print()
     table = word_table("trainer", "kl", "kl_credit", "kl_baseline", title="What it picks")
@@ -132,7 +136,9 @@ def _show_picks(console: Console) -> None:
         table.add_row(*(Text(str(pick[name])) for name in ("trainer", "kl", "kl_credit", "kl_baseline")))
     print_table(console, table)
     paragraph(
-        console, "A KL in the reward gets the credit and the baseline of the reward. What you set yourself wins."
+        console,
+        "A KL in the reward gets the credit and the baseline of the reward; in GRPO and RLOO, on samples of an "
+        "older policy and without vLLM, also its ratio and clip (kl_clip='combined'). What you set yourself wins.",
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.conformance.subject import Scored, Subject, from_spec
+from kl_plugins.core.reward_scale import EPSILON, reward_scale
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.core.terms import kl_terms
 from kl_plugins.errors import ConfigError
@@ -190,7 +191,7 @@ def train_all(
         group_size: Completions that are compared with each other.
         baseline: Of the rewards: `"group_mean"` (GRPO, with the completion's own) or `"leave_one_out"` (RLOO).
         scale: What rewards are divided by: `"none"`, or `"group"`, the standard deviation of the group's.
-        kl_scale: `"reward"`: a KL that isn't `InReward` is divided by the same.
+        kl_scale: `"reward"`: a KL that isn't `InReward` is divided by the same (`reward_scale`).
         iterations: Updates on each rollout.
         staleness: How many updates the policy that samples lags behind.
         engine_noise: Standard deviation of what the rollout engine's logits are off by, the same all along. Its
@@ -216,9 +217,12 @@ def train_all(
         rollout = run.roll_out(past[0], past[0] + off if engine_noise else None, generators)
         deviation = _deviation(rollout.outcome, group_size) if scale == "group" else torch.ones_like(rollout.outcome)
         advantage = run.advantages(rollout, baseline, deviation)
-        beta = run.beta / (deviation if kl_scale == "reward" else torch.ones_like(deviation))[:, None]
+        beta = torch.full_like(rollout.outcome, run.beta)
+        if kl_scale == "reward":
+            rewards = rollout.outcome.view(len(seeds), -1)
+            beta = beta * torch.cat([reward_scale(each, group_size, per="group") for each in rewards])
         for _ in range(iterations):
-            logits.grad = run.gradient(logits, rollout, advantage, beta)
+            logits.grad = run.gradient(logits, rollout, advantage, beta[:, None])
             largest = largest.maximum(logits.grad.flatten(1).norm(dim=1))
             optimizer.step()
             past = [*past, logits.clone()][-(staleness + 1) :]
@@ -289,8 +293,8 @@ class _Rollout:
 
 
 def _deviation(outcome: Tensor, group_size: int) -> Tensor:
-    """(N,) standard deviation of each completion's group, with TRL's small constant."""
-    return outcome.view(-1, group_size).std(1).repeat_interleave(group_size) + 1e-4
+    """(N,) standard deviation of each completion's group, with GRPO's small constant."""
+    return outcome.view(-1, group_size).std(1).repeat_interleave(group_size) + EPSILON
 
 
 class _Run:

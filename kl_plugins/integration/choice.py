@@ -34,8 +34,8 @@ class Treatment:
 _WITH_THE_MEAN = Treatment(
     credit="sequence",
     baseline="group_mean",
-    why="{host} hands each completion's reward, less its group's mean, to all tokens; a KL that gets the same keeps "
-    "the beta that was written and cancels the reward's own noise",
+    why="{host} hands each completion's reward, less its group's mean, to all tokens; a KL that gets the same "
+    "cancels the reward's own noise",
 )
 _WITHOUT_ITSELF = Treatment(
     credit="sequence",
@@ -58,6 +58,13 @@ _RETURNS = Treatment(
     credit="to_go", baseline=None, why="{host} sums rewards from each token on, and the KL is one of them"
 )
 
+_WITH_THE_BATCH = Treatment(
+    credit="to_go",
+    baseline=None,
+    why="{host} subtracts the batch's mean from rewards here, which a KL can't get; summed from each token on, its "
+    "expected gradient is that of the reverse KL",
+)
+
 _NAMES = {"grpo": "GRPO", "gmpo": "GMPO", "rloo": "RLOO", "ppo": "PPO", "openrlhf": "OpenRLHF"}
 # (host, its advantage estimator) -> what it does.
 TREATMENTS: dict[tuple[str, str], Treatment] = {
@@ -71,6 +78,7 @@ TREATMENTS: dict[tuple[str, str], Treatment] = {
     ("openrlhf", "reinforce_baseline"): _WITH_THE_MEAN,
     ("openrlhf", "group_norm"): _STANDARDIZED,
     ("openrlhf", "dr_grpo"): _WITH_THE_MEAN,
+    ("openrlhf", "flash_reinforce"): _WITH_THE_BATCH,
 }
 # OpenRLHF's estimators that subtract something of a prompt's group from its rewards.
 GROUP_ESTIMATORS = tuple(name for (_, name), treatment in TREATMENTS.items() if name and treatment.baseline)
@@ -99,7 +107,8 @@ class Choice:
         """What `reverse_kl` picked, and why. Empty if the configuration was named by the user."""
         if not self.why:
             return ""
-        said = f"kl={REVERSE_KL!r} picked {_words({'kl': self.kl, **self.picked})}: {self.why}"
+        changed = {name: value for name, value in self.picked.items() if name != "kl_clip" or value}
+        said = f"kl={REVERSE_KL!r} picked {_words({'kl': self.kl, **changed})}: {self.why}"
         if self.kept:
             said += f". It left {_words(self.kept)} as set"
         if self.kept.get("kl_credit") == "token":
@@ -132,13 +141,13 @@ def choose(
 
     Example:
         >>> choose("reverse_kl", {}, host="rloo").options
-        {'kl_credit': 'sequence', 'kl_baseline': 'leave_one_out'}
+        {'kl_credit': 'sequence', 'kl_baseline': 'leave_one_out', 'kl_clip': None}
         >>> choose("k2_as_loss", {}, host="rloo").options
-        {'kl_credit': 'token', 'kl_baseline': None}
+        {'kl_credit': 'token', 'kl_baseline': None, 'kl_clip': None}
     """
     chosen = kl == REVERSE_KL
     loss, treatment = get_loss(PICKED if chosen else kl), TREATMENTS.get((host, estimator), _UNKNOWN)
-    options: dict[str, Any] = {"kl_credit": loss.default_credit, "kl_baseline": None}
+    options: dict[str, Any] = {"kl_credit": loss.default_credit, "kl_baseline": None, "kl_clip": None}
     if loss.in_reward:
         if treatment.credit in loss.gradient_of:
             options["kl_credit"] = treatment.credit
@@ -172,13 +181,16 @@ def in_advantage(host: str, settings: Any) -> bool:
 
     `settings` are those of GRPO, GMPO or RLOO. Not with vLLM, of whose completions TRL drops those that it would draw
     too rarely, and with them their KL, just where it is needed (RLOO has no weight for vLLM at all). GRPO's masks
-    would leave out the KL of the masked tokens; RLOO has one advantage a completion, as GMPO has.
+    would leave out the KL of the masked tokens; RLOO has one advantage a completion, as GMPO has, and GRPO's ratio of
+    whole completions averages the advantages of their tokens.
     """
     if settings.use_vllm:
         return False
+    one_a_row = settings.kl_credit in (None, "sequence") and not set(settings.kl_leave_out) - {"first"}
     if host == "grpo":
-        return settings.off_policy_mask_threshold is None and settings.top_entropy_quantile == 1.0
-    return host == "rloo" and settings.kl_credit in (None, "sequence") and not set(settings.kl_leave_out) - {"first"}
+        unmasked = settings.off_policy_mask_threshold is None and settings.top_entropy_quantile == 1.0
+        return unmasked and (one_a_row or settings.importance_sampling_level == "token")
+    return host == "rloo" and one_a_row
 
 
 def _words(options: Mapping[str, Any]) -> str:

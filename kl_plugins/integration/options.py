@@ -56,7 +56,10 @@ class KLOptions:
         "auto",
         "leave_one_out, group_mean, None, or auto: as the trainer's rewards if the KL is among them, else None.",
     )
-    kl_clip: str | None = option(None, "PPO's clip on the KL: separate, combined (in the advantage), or None.")
+    kl_clip: str | None = option(
+        "auto",
+        "PPO's clip on the KL: separate, combined (in the advantage), None, or auto: None, or what reverse_kl picks.",
+    )
     kl_clip_epsilon: float = option(0.2, "Half width of the clip range of kl_clip=separate.")
     kl_coefficient_bound: float | None = option(
         None, "Largest |coefficient| of losses with an exponential; None is 1e6."
@@ -244,7 +247,7 @@ class OpenRLHFOptions(PlacementOptions):
     kl: str | None = option(
         None, "reverse_kl, or a KL configuration by name, e.g. k1_in_reward; `kl-plugins explain` lists them."
     )
-    kl_clip: str | None = option(None, "PPO's clip on a KL in the loss: separate, or none.")
+    kl_clip: str | None = option("auto", "PPO's clip on a KL in the loss: separate, or none; auto is none.")
     kl_monitor: bool = option(
         False, "Log what the KL does (docs/monitoring.md): that of --kl or, without it, OpenRLHF's own."
     )

@@ -1,49 +1,10 @@
-"""What a host divides its rewards by, for a KL that is to be divided by the same (`kl_scale="reward"`)."""
+"""What a KL beside divided rewards is divided by (`kl_scale`), and what beta counts then."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # options are read, and explained, without torch
-    from torch import Tensor
+from typing import Any
 
 SCALES = ("none", "reward")
-EPSILON = 1e-4
-"""What TRL adds to a standard deviation before it divides by it."""
-
-
-def reward_scale(rewards: Tensor, group_size: int, *, per: str) -> Tensor:
-    """(B,) 1 / (standard deviation + 1e-4), as TRL's GRPO multiplies its advantages.
-
-    A group of equal rewards has no scale of its own (1e4 would multiply its KL, and its advantages are 0): it gets
-    that of the batch; a batch of equal rewards has the scale 1.
-
-    Args:
-        rewards: (B,), NaN where a completion could not be scored; groups are consecutive rows.
-        group_size: Completions per prompt; it divides B.
-        per: `"group"`, or `"batch"` for one scale.
-
-    Example:
-        >>> import torch
-        >>> rewards = torch.tensor([0.0, 2.0, 1.0, 1.0])
-        >>> reward_scale(rewards, 2, per="group"), reward_scale(torch.ones(2), 2, per="group")
-        (tensor([0.7071, 1.2246, 1.2246]), tensor([1., 1.]))
-    """
-    scale = _scale(rewards.view(1, -1)).nan_to_num(nan=1.0).expand(len(rewards))
-    if per == "group":
-        groups = _scale(rewards.view(-1, group_size)).repeat_interleave(group_size)
-        scale = groups.where(~groups.isnan(), scale)
-    return scale.to(rewards.dtype)
-
-
-def _scale(rewards: Tensor) -> Tensor:
-    """(groups,) of (groups, n): 1 / (unbiased deviation + 1e-4), NaN left out; NaN where all are equal, or rounded."""
-    rewards = rewards.double()
-    count = (~rewards.isnan()).sum(-1)
-    squares = (rewards - rewards.nanmean(-1, keepdim=True)).square().nansum(-1)
-    deviation = (squares / (count - 1)).sqrt()
-    rounding = 1e-6 * rewards.abs().nan_to_num(nan=0.0).amax(-1).clamp(min=1)
-    return (1 / (deviation + EPSILON)).masked_fill(~(deviation > rounding), float("nan"))
 
 
 def scaling(settings: Any) -> str:

@@ -105,6 +105,13 @@ def _flag_problems(options: OpenRLHFOptions, args: Any) -> Iterator[Problem]:
             f"kl_baseline={options.kl_baseline!r} needs --rollout.n_samples_per_prompt of 2 or more",
             {"kl_baseline": None},
         )
+    gamma = openrlhf_gamma(args)
+    if options.kl_baseline in ("leave_one_out", "group_mean") and in_reward and gamma != 1:
+        yield Problem(
+            f"kl_baseline={options.kl_baseline!r} with --algo.advantage.gamma {gamma}: only undiscounted returns hand "
+            "a baseline in the reward to the tokens as it is; leave it out, or use a gamma of 1",
+            {"kl_baseline": None},
+        )
     if options.kl_baseline in ("leave_one_out", "group_mean") and advantage.estimator == "gae" and in_reward:
         yield Problem(
             f"kl_baseline={options.kl_baseline!r} with gae, whose critic is the baseline already: leave it out",

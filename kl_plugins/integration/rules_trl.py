@@ -64,6 +64,15 @@ def grpo_problems(settings: Any, *, kl_in_liger_loss: bool | None = None) -> Ite
                     "kl_clip='combined' their KL with them: use kl_clip='separate' or None",
                     {"kl_clip": None},
                 )
+        credit = settings.kl_choice().options["kl_credit"]
+        apart = credit != "sequence" or set(settings.kl_leave_out) - {"first"}
+        if settings.importance_sampling_level == "sequence" and apart:
+            yield Problem(
+                f"kl_clip='combined' with importance_sampling_level='sequence', kl_credit={credit!r} and kl_leave_out="
+                f"{settings.kl_leave_out}: TRL's ratio of whole completions averages the advantages of their tokens, "
+                "and with them coefficients that differ; use kl_clip='separate' or None",
+                {"kl_clip": None},
+            )
 
 
 def gmpo_problems(settings: Any, *, kl_in_liger_loss: bool | None = None) -> Iterator[Problem]:

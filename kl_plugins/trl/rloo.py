@@ -8,7 +8,7 @@ import torch
 import trl
 from torch import Tensor
 
-from kl_plugins.integration.reward_scale import reward_scale
+from kl_plugins.core.reward_scale import reward_scale
 from kl_plugins.trl.config import RLOOConfig, RLOOFields, TrainerPair
 from kl_plugins.trl.host_beta import host_kl_replaced
 from kl_plugins.trl.trainer import KLTrainer

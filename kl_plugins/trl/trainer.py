@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from kl_plugins.core.exact import ExactKL
+from kl_plugins.core.reward_scale import reward_scale
 from kl_plugins.core.terms import KLTerms, leave_one_out_baseline
 from kl_plugins.errors import PatchError, refuse
 from kl_plugins.integration.leave_out import equal_reward_rows
 from kl_plugins.integration.recorder import Recorder
-from kl_plugins.integration.reward_scale import meaning_of_beta, reward_scale
+from kl_plugins.integration.reward_scale import meaning_of_beta
 from kl_plugins.integration.rules_trl import length_problems
 from kl_plugins.integration.sampling import model_generation_problems
 from kl_plugins.trl.controller import say_dropped_controller
@@ -93,6 +94,10 @@ class KLTrainer(KLTermMixin, Host):
         kept = " of the tokens that are not left out" if self._kl_left_out.token_ids else ""
         if self.args.kl_leave_out_equal_rewards:
             kept += ", on the groups whose rewards differ (a choice that depends on what was drawn)"
+        if self.args.kl_scale == "reward":
+            kept += (
+                ", each row's divided by the deviation of the rewards that were drawn, as they are (the optimum stays)"
+            )
         self.say_gradient(kept, meaning=meaning_of_beta(self.args))
         for problem in length_problems(self.length_normalized, getattr(self.args, "loss_type", None)):
             logger.warning(problem.says)

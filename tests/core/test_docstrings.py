@@ -12,7 +12,7 @@ from kl_plugins import core, oracle
 
 MODULES = [*(f"{core.__name__}.{module.name}" for module in pkgutil.iter_modules(core.__path__)), oracle.__name__]
 # Whose functions are told apart better by their formulas and by the tests.
-WITHOUT_EXAMPLES = {"kl_plugins.core.advantages", "kl_plugins.core.checks", "kl_plugins.core.metrics"}
+WITHOUT_EXAMPLES = {"kl_plugins.core.checks", "kl_plugins.core.metrics"}
 
 
 def run_examples(module):

@@ -62,7 +62,7 @@ def test_what_a_plan_sets(planned, flags, options, in_loss, spec):
             ("--algo.advantage.estimator", "dr_grpo"),
             {},
             "kl_credit='sequence', kl_baseline='group_mean'",
-            "keeps the b",
+            "cancels the reward's own noise",
         ),
         ((), {}, "kl_credit='to_go', kl_baseline=None", "what its critic expects"),
         (REINFORCE, {}, "kl_credit='to_go', kl_baseline=None", "sums rewards from each token on"),

@@ -117,6 +117,7 @@ _CORNERS: dict[str, list[dict[str, Any]]] = {
         _COMBINED,
         _COMBINED | {"kl_weight_clip_mode": "mask"},
         _COMBINED | {"top_entropy_quantile": 0.5},
+        _COMBINED | {"importance_sampling_level": "sequence"},
         {"beta": 0.04, "kl": "k2_as_loss", "kl_reference": "base", "kl_reference_every": 100},
     ],
     "rloo": [_COMBINED | {"kl_credit": "sequence"}, _COMBINED | {"kl_credit": "sequence", "kl_leave_out": ["eos"]}],
@@ -125,6 +126,13 @@ _CORNERS: dict[str, list[dict[str, Any]]] = {
         {"kl": "k1_in_reward", "algo.kl.target": 6.0, "kl_controller": "linear"},
         {"kl": "k2_as_loss", "kl_clip": "combined", "kl_placement": "loss"},
         {"kl": "k1_in_reward", "kl_credit": "sequence"},
+        {
+            "kl": "k1_in_reward",
+            "kl_baseline": "group_mean",
+            "rollout.n_samples_per_prompt": 4,
+            "algo.advantage.estimator": "reinforce",
+            "algo.advantage.gamma": 0.9,
+        },
     ],
 }
 """What is so rarely drawn that it is written down."""

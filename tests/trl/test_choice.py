@@ -9,7 +9,7 @@ import torch
 from tiny_trl import BETA, digit_share, loss_and_gradients
 
 from kl_plugins import ConfigError
-from kl_plugins.integration.reward_scale import reward_scale
+from kl_plugins.core.reward_scale import reward_scale
 from kl_plugins.trl import GMPOConfig, GMPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 

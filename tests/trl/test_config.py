@@ -209,6 +209,10 @@ def test_reverse_kl_is_a_configuration_that_could_be_written_by_hand(config):
         (GRPOConfig, {"num_iterations": 4, "top_entropy_quantile": 0.5}, None),
         (GRPOConfig, {"num_iterations": 4, "kl_weight_clip": [0.0, 2.0]}, None),
         (GRPOConfig, {"num_iterations": 4, "kl_clip": "separate"}, "separate"),
+        (GRPOConfig, {"num_iterations": 4, "kl_clip": None}, None),
+        (GRPOConfig, {"num_iterations": 4, "kl_clip": "none"}, None),
+        (GRPOConfig, {"num_iterations": 4, "importance_sampling_level": "sequence"}, "combined"),
+        (GRPOConfig, {"num_iterations": 4, "importance_sampling_level": "sequence", "kl_credit": "to_go"}, None),
         (RLOOConfig, {}, None),
         (RLOOConfig, {"num_iterations": 4}, "combined"),
         (RLOOConfig, {"num_iterations": 4, "use_vllm": True}, None),  # it has no weight for what vLLM draws
@@ -220,7 +224,7 @@ def test_reverse_kl_is_a_configuration_that_could_be_written_by_hand(config):
 def test_on_samples_of_an_older_policy_it_gets_the_rewards_own_ratio_and_clip_where_it_can(config, options, clip):
     chosen = make(config, kl="reverse_kl", **options)
     assert chosen.kl_spec().clip == clip
-    assert make(config, kl="k1_in_reward", **options).kl_spec().clip == options.get("kl_clip")
+    assert make(config, kl="k1_in_reward", **options).kl_spec().clip == (clip if "kl_clip" in options else None)
     if "kl_clip" in options or "kl_weight_clip" in options or not options:
         said = "all tokens"
     else:
