@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # The last TRL with a PPOTrainer, in front of the one in .venv.
 TRL_WITH_PPO := .cache/trl-1.12.0
 # Only what all runs were made for is written into the documents.
-DOCUMENTS = $(if $(findstring --,$(ARGS)),,--docs docs)
+DOCUMENTS = $(if $(filter --quick --seeds% --parts% --steps%,$(ARGS)),,--docs docs)
 
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python
 

@@ -10,7 +10,7 @@ Launch:    python recipes/known_optimum.py --quick
            python recipes/known_optimum.py --docs docs
 
 Writes a .jsonl per part and the pictures to --out (runs/known_optimum). Ends with exit status 1 if one of the
-orderings that the documents rest on doesn't hold, by paired 95% intervals over seeds.
+orderings that the documents rest on doesn't hold, by paired 95% intervals over all seeds.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 from evidence.intervals import Claim, Interval, judge, marked, of, paired, select
 from evidence.runs import run_all
 from evidence.tables import markdown, show, write_section
+from evidence.trl_trainers import SEQUENCE_CREDIT, TOKEN_CREDIT
 from rich.console import Console
 
 # Through real trainers, and by computation: name -> module of recipes/evidence.
@@ -28,6 +29,17 @@ TRAINERS = {"trl": "trl_trainers", "ppo": "ppo_trainer", "openrlhf": "openrlhf_t
 COMPUTED = {"bare loop": "bare_loop", "fixed points": "fixed_points"}
 PARTS = TRAINERS | COMPUTED
 HOSTS = {"trl": "TRL's GRPOTrainer and RLOOTrainer", "ppo": "TRL's PPOTrainer", "openrlhf": "OpenRLHF"}
+SAID = {
+    "trl": "200 updates of 64 completions of 16 tokens, groups of 8, beta 0.3 (dense reward: 1), Adam's rate 0.05, "
+    "loss_type dr_grpo, scale_rewards none (RLOO: normalize_advantages False), but for what a regime says. With "
+    "rewards scaled by the group, RLOO's are by the batch. An engine off by 0.1 has that much noise in its logits; "
+    "TRL's default (sequence_mask) then drops completions that it would draw too rarely: in GRPO, not in RLOO.",
+    "ppo": "The terminal reward, 200 updates of 64 completions of 16 tokens, beta 0.3, Adam's rate 0.05. TRL whitens "
+    "the advantages, with a KL in the reward in them; a term of the loss has another price beside them.",
+    "openrlhf": "200 updates of 64 completions of 16 tokens, groups of 8, beta 0.3, Adam's rate 0.05. group_norm "
+    "divides rewards by their group's deviation, gae and reinforce_baseline rewards and KL together by the batch's; a "
+    "term of the loss has another price beside them.",
+}
 
 
 def run(names, args, console):
@@ -56,7 +68,6 @@ def run(names, args, console):
 def claims(rows):
     """The orderings that the documents rest on, by TRL's own trainers."""
     terminal, hackable = {"regime": "terminal reward"}, {"regime": "hackable reward"}
-    sequence = "k1_in_reward, sequence, group_mean"
     k1 = of(rows, "share", arm="k1_as_loss", **terminal)
     found = {
         "k2_as_loss reaches more than k1_as_loss": paired(rows, "share", "k2_as_loss", "k1_as_loss", **terminal),
@@ -65,8 +76,8 @@ def claims(rows):
         "k3_as_loss drifts further than k2_as_loss where a rare exploit pays": paired(
             rows, "kl", "k3_as_loss", "k2_as_loss", **hackable
         ),
-        "sequence credit (k1_in_reward) reaches more than token credit (k2_as_loss)": paired(
-            rows, "share", sequence, "k2_as_loss", **terminal
+        "k1 in reward reaches more with sequence than with token credit, both with the group's mean": paired(
+            rows, "share", SEQUENCE_CREDIT, TOKEN_CREDIT, **terminal
         ),
     }
     return [Claim(says, difference) for says, difference in found.items()]
@@ -99,10 +110,10 @@ def sections(rows):
         here = rows.get(name)
         if here:
             title = f"{HOSTS[name]}: {here[0]['regime']}"
-            found.setdefault("trainers", []).append((title, *arm_table(first_regime(here)), ""))
+            found.setdefault("trainers", []).append((title, *arm_table(first_regime(here)), SAID[name]))
             if len({row["regime"] for row in here}) > 1:
                 title = f"{HOSTS[name]}: share of the attainable in other regimes"
-                found.setdefault("regimes", []).append((title, *regime_table(here), ""))
+                found.setdefault("regimes", []).append((title, *regime_table(here), SAID[name]))
     for name, module in COMPUTED.items():
         if rows.get(name):
             for title, *table in importlib.import_module(f"evidence.{module}").sections(rows[name]):
@@ -147,7 +158,7 @@ def main():
             console.print(f"picture  {path}", highlight=False)
     if rows.get("trl"):
         failed = judge(claims(rows["trl"]), console)
-        if failed:
+        if failed and args.seeds is None:  # fewer seeds have wider intervals
             sys.exit("These orderings don't hold: " + "; ".join(claim.says for claim in failed))
 
 

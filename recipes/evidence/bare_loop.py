@@ -73,7 +73,7 @@ ARMS = {
     "exact_in_reward": KLSpec(name="exact_in_reward", baseline="group_mean"),
     "k1_in_reward, to_go": k1("to_go"),
     "k1 as of the rollout": known.InReward(name="k1 as of the rollout", advantages=as_of_the_rollout),
-    PICKED: k1(clip="combined"),
+    PICKED: k1(clip="combined"),  # and what `picked` says
     BETWEEN: between,
 }
 WEIGHTS = {
@@ -115,7 +115,8 @@ SAID = {
     "lengths": f"Share of the attainable, groups of 8, {STEPS} rollouts of 64. Adam's rate is 0.2 over the root of "
     "the length, so that an update moves completions about as far. What is between to_go and sequence is no option of "
     "the package: it subtracts as much of the KL before a token as cancelled the reward's noise in earlier batches.",
-    "regimes": "The rate is Adam's 0.05, with 4 updates a batch 0.02. Share of the attainable, at length 16.",
+    "regimes": f"Share of the attainable at length 16; groups of 8, {STEPS} rollouts of 64. Adam's rate is 0.05, with "
+    "4 updates a batch 0.02. What is as of the rollout is divided by no deviation.",
     "weights": "k1 in reward off-policy, with several credits, placements and weights.",
     "back": f"{BACK_STEPS} rollouts of 64, from the policy that is optimal at {FAR} times beta.",
     "noise": "Squared error of the gradient of a batch of 64, in the unit of the reward's own error (no KL). Mix: "
@@ -169,8 +170,15 @@ def work(job):
         options |= {"start": [known.optimum(problem_of(job, s, FAR))[0] for s in job["seeds"]], "steps": BACK_STEPS}
     term = (WEIGHTS if job["part"] == "weights" else ARMS)[job["arm"]]
     term = term() if term is between else term
+    if job["arm"] == PICKED:
+        term = picked(options)
     trained = known.train_all(term, problems, seeds=job["seeds"], **options)
     return {name: [getattr(each, name) for each in trained] for name in ("share", "reward", "kl", "largest_gradient")}
+
+
+def picked(regime):
+    """What `reverse_kl` picks in a regime: with an engine that differs weights of its own."""
+    return k1() if "engine_noise" in regime else ARMS[PICKED]
 
 
 def problem_of(job, seed, times_beta=1.0):

@@ -10,7 +10,7 @@ A random reference over all completions of `LENGTH` tokens, and a reward of whol
 What each has reached of the best E[R] - beta KL, and how much more KL it spends for the same reward.
 """
 
-from itertools import pairwise
+import math
 
 import torch
 from evidence.intervals import of
@@ -41,16 +41,9 @@ def work(job):
         objective = {term: r - beta * kl for term, (r, kl) in at.items()}
         for term in TERMS:
             found[f"{term} share {beta}"] = (objective[term] - start) / (objective["sequence"] - start)
-    fronts = {
-        term: [
-            worth(fixed_point(term, reference, reward, beta), reference, reward)
-            for beta in torch.logspace(1, -2.5, 24).tolist()
-        ]
-        for term in TERMS
-    }
     for some in SHARES_OF_REWARD:
         wanted = start + some * (reward.max().item() - start)
-        spent = {term: kl_for(wanted, fronts[term]) for term in TERMS}
+        spent = {term: kl_for(wanted, term, reference, reward) for term in TERMS}
         for term in TERMS:
             found[f"{term} more KL {some}"] = spent[term] / spent["sequence"] - 1
     return found
@@ -101,12 +94,14 @@ def worth(policy, reference, reward):
     return value.item(), kl.item()
 
 
-def kl_for(wanted, front):
-    """The KL at a reward, between the points of a front of (reward, KL)."""
-    for (r0, kl0), (r1, kl1) in pairwise(sorted(front)):
-        if r0 <= wanted <= r1:
-            return kl0 + (kl1 - kl0) * (wanted - r0) / max(r1 - r0, 1e-12)
-    return float("nan")
+def kl_for(wanted, term, reference, reward):
+    """The KL at which the term's fixed point has a reward of `wanted`, by bisection: more beta is less reward."""
+    low, high = math.log(1e-4), math.log(1e3)
+    for _ in range(50):
+        middle = (low + high) / 2
+        found, kl = worth(fixed_point(term, reference, reward, math.exp(middle)), reference, reward)
+        low, high = (middle, high) if found > wanted else (low, middle)
+    return kl
 
 
 def sections(rows):

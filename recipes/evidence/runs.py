@@ -42,14 +42,15 @@ def run_all(jobs, work, *, out, title, console, workers=2, paths=(), resume=Fals
         console: A `rich.console.Console`.
         workers: Processes. Each imports what `work` needs once.
         paths: Folders that go in front of the workers' `sys.path`, for another version of a host.
-        resume: Keep the results that `out` has, and only do the other jobs.
+        resume: Keep the results that `out` has, and only do the other jobs. Which code a result is from isn't known:
+            start anew after a change.
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = _read(out) if resume else []
     results = {i: row for i, job in enumerate(jobs) for row in done if job.items() <= row.items()}
     waiting = [i for i in range(len(jobs)) if i not in results]
-    out.write_text("".join(json.dumps(row) + "\n" for row in results.values()))
+    out.write_text("".join(json.dumps(row) + "\n" for row in done))
     log = out.with_suffix(".log")
     log.write_text("")
     if waiting:

@@ -28,26 +28,28 @@ ARMS = {
     "k2_as_loss": {"kl": "k2_as_loss"},
     "k3_as_loss": {"kl": "k3_as_loss"},
     "exact_as_loss": {"kl": "exact_as_loss"},
-    "exact_in_reward": {"kl": "exact_in_reward", "kl_baseline": "leave_one_out"},
+    "exact_in_reward": {"kl": "exact_in_reward", "kl_baseline": "group_mean"},
+    "k1_in_reward, token, group_mean": {"kl": "k1_in_reward", "kl_credit": "token", "kl_baseline": "group_mean"},
     "k1_in_reward, to_go": {**TO_GO, "kl_baseline": None},
-    "k1_in_reward, to_go, leave_one_out": {**TO_GO, "kl_baseline": "leave_one_out"},
+    "k1_in_reward, to_go, group_mean": {**TO_GO, "kl_baseline": "group_mean"},
     "k1_in_reward, sequence": {**SEQUENCE, "kl_baseline": None},
     "k1_in_reward, sequence, leave_one_out": {**SEQUENCE, "kl_baseline": "leave_one_out"},
     "k1_in_reward, sequence, group_mean": {**SEQUENCE, "kl_baseline": "group_mean"},
     "reverse_kl": {"kl": "reverse_kl"},
     "reverse_kl in RLOO": {**RLOO, "kl": "reverse_kl"},
     "reverse_kl, kl_scale=reward": {"kl": "reverse_kl", "kl_scale": "reward"},
+    "reverse_kl, in the advantage": {"kl": "reverse_kl", "kl_clip": "combined"},
 }
-SCALED = "reverse_kl, kl_scale=reward"
+SCALED, IN_ADVANTAGE = "reverse_kl, kl_scale=reward", "reverse_kl, in the advantage"
 # In the other regimes; k2_as_loss trains like TRL's GRPO, which the first one shows.
 CHOSEN = ("TRL's GRPO", "TRL's RLOO", "k3_as_loss", "exact_in_reward", "reverse_kl")
-OFF_POLICY = ("TRL's GRPO", "TRL's RLOO", "k3_as_loss", "k1_in_reward, to_go, leave_one_out", "reverse_kl")
-# reverse_kl puts the KL into the advantage there, under TRL's weights; the one before it has weights of its own.
-WITH_AN_ENGINE = (*OFF_POLICY[:-1], "k2_as_loss", "k1_in_reward, sequence, group_mean", "reverse_kl")
+OFF_POLICY = (*CHOSEN[:-2], "k1_in_reward, to_go, group_mean", "reverse_kl", "reverse_kl in RLOO")
+WITH_AN_ENGINE = (*OFF_POLICY, "k2_as_loss", IN_ADVANTAGE)
+SEQUENCE_CREDIT, TOKEN_CREDIT = "k1_in_reward, sequence, group_mean", "k1_in_reward, token, group_mean"
 QUICK = {
     "terminal reward": (
         *("no KL", "TRL's GRPO", "k1_as_loss", "k2_as_loss", "k3_as_loss"),
-        *("k1_in_reward, sequence, group_mean", "TRL's RLOO"),
+        *(TOKEN_CREDIT, SEQUENCE_CREDIT, "TRL's RLOO"),
     ),
     "hackable reward": ("k2_as_loss", "k3_as_loss"),
 }
@@ -95,7 +97,7 @@ def jobs(quick):
     chosen = QUICK
     if not quick:
         chosen = {name: regime.arms for name, regime in REGIMES.items()}
-        chosen["terminal reward"] = tuple(arm for arm in ARMS if arm != SCALED)
+        chosen["terminal reward"] = tuple(arm for arm in ARMS if arm not in (SCALED, IN_ADVANTAGE))
         chosen["rewards scaled by the group"] = (*CHOSEN, SCALED)
         chosen["hackable reward"] = ("no KL", "k2_as_loss", *CHOSEN)
     return [

@@ -20,9 +20,14 @@ from kl_plugins.conformance.subject import Scored
 from kl_plugins.core.spec import KLSpec
 from kl_plugins.integration.choice import choose
 
-_CHOICE = choose("reverse_kl", {}, host="grpo", off_policy=True, in_advantage=True)
-PICKED = KLSpec.from_name(_CHOICE.kl, **{name.removeprefix("kl_"): value for name, value in _CHOICE.options.items()})
-"""What `kl="reverse_kl"` is in GRPO."""
+
+def picked(*, engine: bool = False) -> KLSpec:
+    """What `kl="reverse_kl"` is in GRPO, with samples of an older policy or of an `engine` that differs."""
+    found = choose("reverse_kl", {}, host="grpo", off_policy=True, in_advantage=not engine)
+    return KLSpec.from_name(found.kl, **{name.removeprefix("kl_"): value for name, value in found.options.items()})
+
+
+PICKED = picked()
 BETAS = {"terminal": 0.3, "hackable": 0.3, "dense": 1.0}
 LENGTH, SEEDS = 16, 6
 REGIMES: dict[str, dict[str, Any]] = {
@@ -40,7 +45,14 @@ def shares(term: known.Term, *, seeds: int = SEEDS, steps: int = 200) -> dict[st
         problems = [known.PROBLEMS[kind](length=LENGTH, beta=beta, seed=seed) for seed in range(seeds)]
         found[kind] = {
             regime: [
-                each.share for each in known.train_all(term, problems, seeds=range(seeds), steps=steps, **options)
+                each.share
+                for each in known.train_all(
+                    picked(engine=True) if term is PICKED and "engine_noise" in options else term,
+                    problems,
+                    seeds=range(seeds),
+                    steps=steps,
+                    **options,
+                )
             ]
             for regime, options in REGIMES.items()
         }
