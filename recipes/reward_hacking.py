@@ -4,7 +4,7 @@ What:      trains the tiny math model on a reward that pays 1 for the right answ
            reference almost never writes, with each KL term and from several seeds; then measures, alike for all,
            right answers, hacks, KL and the objective J = E[reward] - beta KL, against the best J in closed form.
 Hardware:  2 CPU cores, no GPU, no network; transformers and vLLM rollouts
-How long:  28 min; --quick 2.5 min, which trains five arms without vLLM
+How long:  28 min; --quick 3 min, which trains four arms without vLLM
 Launch:    python recipes/reward_hacking.py [--quick] [--parts front sequence reuse] [--seeds 5] [--docs docs]
 
 Prints tables, and claims judged by 95% intervals of differences that are paired by seed. Ends with exit status 1 if a
@@ -53,13 +53,19 @@ def outcomes(rows, ends):
     return found
 
 
+def compared(rows, metric, more, less):
+    """The `Interval` of what `more` has more of a metric than `less`, over the seeds that both arms have."""
+    first, second = ({row["seed"] for row in select(rows, arm=arm)} for arm in (more, less))
+    return paired([row for row in rows if row["seed"] in first & second], metric, more, less)
+
+
 def differences(rows, pairs):
     """Paired by seed: what the first arm of a pair has more than the second; a tie is called one."""
     found = []
     for more, less in pairs:
         cells = []
         for metric in METRICS:
-            difference = paired(rows, metric, more, less)
+            difference = compared(rows, metric, more, less)
             tie = " (tie)" if difference.low <= 0 <= difference.high else ""
             cells.append(f"{difference.mean:+.3f} ± {difference.half:.3f}{tie}")
         found.append([f"{more} less {less}", *cells])
@@ -109,25 +115,24 @@ def report(name, rows, console, docs):
 def claims(rows):
     """What the front has to show, of rows of one host and beta."""
 
-    def less_half(metric):
-        """What k1 as loss comes to, less half of what no KL does."""
-        with_k1, without = ({r["seed"]: r[metric] for r in select(rows, arm=arm)} for arm in ("k1_as_loss", "no KL"))
-        return interval(with_k1[seed] - without[seed] / 2 for seed in with_k1)
-
+    k1_hacks = interval(row["hacks"] - 0.5 for row in select(rows, arm="k1_as_loss"))
     return [
-        Claim("k1 as loss doesn't regularize: more than half of the hacks of no KL", less_half("hacks")),
-        Claim("k1 as loss doesn't regularize: more than half of the KL of no KL", less_half("kl")),
-        Claim("k3 as loss drifts further than k2: more hacks", paired(rows, "hacks", "k3_as_loss", "k2_as_loss")),
-        Claim("k3 as loss drifts further than k2: more KL", paired(rows, "kl", "k3_as_loss", "k2_as_loss")),
-        Claim("token credit hacks more than the sequence's", paired(rows, "hacks", "k2_as_loss", "reverse_kl")),
+        Claim("k1 as loss doesn't regularize: most of its completions are hacks", k1_hacks),
+        Claim(
+            "k1 as loss doesn't regularize: more KL than k2 as loss", compared(rows, "kl", "k1_as_loss", "k2_as_loss")
+        ),
+        Claim("k3 as loss drifts further than k2: more hacks", compared(rows, "hacks", "k3_as_loss", "k2_as_loss")),
+        Claim("k3 as loss drifts further than k2: more KL", compared(rows, "kl", "k3_as_loss", "k2_as_loss")),
+        Claim("credit of the sequence hacks less than a token's", compared(rows, "hacks", "k2_as_loss", "reverse_kl")),
+        Claim("credit of the sequence reaches more J than a token's", compared(rows, "J", "reverse_kl", "k2_as_loss")),
     ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="five arms of the first part; a failed claim is an error")
+    parser.add_argument("--quick", action="store_true", help="four arms of the first part; a failed claim is an error")
     parser.add_argument("--parts", nargs="+", default=list(hack_runs.PARTS), choices=list(hack_runs.PARTS))
-    parser.add_argument("--seeds", type=int, help="runs of each arm (5; with --quick 3)")
+    parser.add_argument("--seeds", type=int, help="runs of each arm (5; with --quick 3 or 6)")
     parser.add_argument("--steps", type=int, help="updates of each run (each part has its own)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, default=Path("runs/reward_hacking"))

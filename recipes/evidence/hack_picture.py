@@ -99,7 +99,8 @@ def _front(axes, rows, optimum_at):
         )  # fmt: skip
     for arm, marker in (("no KL", "X"), ("k1_as_loss", "P")):
         here = select(rows, arm=arm)
-        axes.plot(of(here, "kl").mean, 100 * of(here, "right").mean, marker, color=GREY, ms=9, label=LABELS[arm])
+        if here:
+            axes.plot(of(here, "kl").mean, 100 * of(here, "right").mean, marker, color=GREY, ms=9, label=LABELS[arm])
     axes.set_xscale("log")
     axes.set_xlim(0.08, 60)
     axes.set_ylim(-4, 100)

@@ -133,7 +133,7 @@ def test_reward_hacking_says_what_does_not_hold(folder):
     assert "of the claims above did not hold" in run.stderr
     out = folder / "runs" / "reward_hacking"
     rows = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
-    assert len(rows) == 10
+    assert len(rows) == 8
     assert all(len(row["norms"]) == 2 and 0 < row["right"] < 1 and row["kl"] > 0 for row in rows)
     assert (out / "reward_hacking.png").stat().st_size > 10_000
 

@@ -63,7 +63,7 @@ def verdicts(rows):
 
 
 def test_the_claims_hold_of_what_they_are_about(results, main, tmp_path):
-    assert verdicts(results()) == ["holds"] * 5
+    assert verdicts(results()) == ["holds"] * 6
     main("--quick")
     assert (tmp_path / "reward_hacking.png").stat().st_size > 10_000
 
@@ -74,8 +74,8 @@ def test_the_claims_hold_of_what_they_are_about(results, main, tmp_path):
         ({"k1_as_loss": "reverse_kl"}, {0, 1}),  # a k1 that regularizes
         ({"k3_as_loss": "k2_as_loss"}, {2, 3}),  # a k3 that doesn't drift
         ({"k2_as_loss": "k3_as_loss", "k3_as_loss": "k2_as_loss"}, {2, 3}),
-        ({"k2_as_loss": "reverse_kl"}, {4}),  # a token's credit that does as well
-        ({"reverse_kl": "k2_as_loss"}, {4}),
+        ({"k2_as_loss": "reverse_kl"}, {4, 5}),  # a token's credit that does as well
+        ({"reverse_kl": "k2_as_loss"}, {4, 5}),
     ],
 )
 def test_a_claim_fails_where_the_arms_do_otherwise(results, instead, fails):
