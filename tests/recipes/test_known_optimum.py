@@ -125,6 +125,7 @@ JUDGED = {
     ("terminal reward", "no KL"): (-0.9, 3.5),
     ("terminal reward", "k1_as_loss"): (-2.5, 5.4),
     ("terminal reward", "k2_as_loss"): (0.88, 0.9),
+    ("terminal reward", "k1_in_reward, token, group_mean"): (0.88, 1.2),
     ("terminal reward", "k1_in_reward, sequence, group_mean"): (0.99, 0.9),
     ("hackable reward", "k2_as_loss"): (0.87, 1.0),
     ("hackable reward", "k3_as_loss"): (-0.1, 4.0),
@@ -163,8 +164,8 @@ def test_orderings_that_hold(judged, tmp_path, capsys):
         (("terminal reward", "k1_as_loss"), (0.1, 5.4), "k1_as_loss ends below the reference"),
         (("terminal reward", "k1_as_loss"), (-2.5, 3.0), "k1_as_loss ends with more KL than no KL"),
         (("hackable reward", "k3_as_loss"), (-0.1, 0.9), "k3_as_loss drifts further"),
-        (("terminal reward", "k1_in_reward, sequence, group_mean"), (0.87, 0.9), "sequence credit"),
-        (("terminal reward", "k1_in_reward, sequence, group_mean"), (0.88, 0.9), "sequence credit"),  # a tie
+        (("terminal reward", "k1_in_reward, sequence, group_mean"), (0.87, 0.9), "k1 in reward reaches more"),
+        (("terminal reward", "k1_in_reward, sequence, group_mean"), (0.88, 0.9), "k1 in reward reaches more"),  # a tie
     ],
 )
 def test_an_ordering_that_does_not_hold_ends_with_an_error(judged, arm, found, says):
