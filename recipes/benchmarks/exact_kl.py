@@ -171,7 +171,12 @@ def main(
             trainers = {
                 STOCK: harness.make_trainer(trl.GRPOTrainer, trl.GRPOConfig, folder, beta=BETA),
                 OURS: harness.make_trainer(
-                    kl_plugins.trl.GRPOTrainer, kl_plugins.trl.GRPOConfig, folder, beta=BETA, kl="exact_in_reward"
+                    kl_plugins.trl.GRPOTrainer,
+                    kl_plugins.trl.GRPOConfig,
+                    folder,
+                    beta=BETA,
+                    kl="exact_in_reward",
+                    kl_baseline=None,  # which is made at the rollout; here the batch is made by hand
                 ),
                 NAIVE: harness.make_trainer(Naive, trl.GRPOConfig, folder, beta=BETA),
             }

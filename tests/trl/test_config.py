@@ -30,6 +30,14 @@ from kl_plugins.trl import GMPOConfig, GRPOConfig, GRPOTrainer, RLOOConfig
 from kl_plugins.trl.vllm import require_processed_logprobs
 
 QUIET = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.04}
+
+
+def needs(part):
+    """Not in releases of TRL that have no such `part` of `patches/trl.toml`."""
+    tested = load_patches("trl", part).tested
+    return pytest.mark.skipif(installed_version("trl") not in tested, reason=f"{part}: not in this TRL")
+
+
 BOTH = pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig])
 
 
@@ -172,10 +180,15 @@ def test_a_kl_in_the_reward_is_treated_as_the_reward(config, baseline):
     assert (spec.credit, spec.baseline) == ("sequence", baseline)
     assert make(config, kl="k1_in_reward", kl_baseline=None).kl_spec().baseline is None
     assert make(config, kl="k1_in_reward", kl_credit="to_go").kl_spec().credit == "to_go"
-    assert make(config, kl="exact_in_reward").kl_spec().baseline == baseline
-    assert make(config, kl="exact_in_reward", kl_credit="token").kl_spec().baseline is None
     spec = make(config, kl="k2_as_loss").kl_spec()
     assert (spec.credit, spec.baseline) == ("token", None)
+
+
+@needs("exact")
+def test_an_exact_kl_in_the_reward_is_centred_as_the_reward():
+    assert make(GRPOConfig, kl="exact_in_reward").kl_spec().baseline == "group_mean"
+    assert make(RLOOConfig, kl="exact_in_reward").kl_spec().baseline == "leave_one_out"
+    assert make(GRPOConfig, kl="exact_in_reward", kl_credit="token").kl_spec().baseline is None
 
 
 @pytest.mark.parametrize("config", [RLOOConfig, GRPOConfig, GMPOConfig])
@@ -203,8 +216,9 @@ def test_reverse_kl_is_a_configuration_that_could_be_written_by_hand(config):
         (GRPOConfig, {}, None),
         (GRPOConfig, {"num_iterations": 4}, "combined"),
         (GRPOConfig, {"steps_per_generation": 4}, "combined"),
-        (GRPOConfig, {"use_vllm": True}, None),  # it drops completions, and would drop their KL
-        (GRPOConfig, {"use_vllm": True, "num_iterations": 4}, None),
+        # TRL drops some of vLLM's completions, and would drop their KL.
+        pytest.param(GRPOConfig, {"use_vllm": True}, None, marks=needs("vllm")),
+        pytest.param(GRPOConfig, {"use_vllm": True, "num_iterations": 4}, None, marks=needs("vllm")),
         (GRPOConfig, {"num_iterations": 4, "off_policy_mask_threshold": 0.1}, None),
         (GRPOConfig, {"num_iterations": 4, "top_entropy_quantile": 0.5}, None),
         (GRPOConfig, {"num_iterations": 4, "kl_weight_clip": [0.0, 2.0]}, None),
@@ -215,7 +229,7 @@ def test_reverse_kl_is_a_configuration_that_could_be_written_by_hand(config):
         (GRPOConfig, {"num_iterations": 4, "importance_sampling_level": "sequence", "kl_credit": "to_go"}, None),
         (RLOOConfig, {}, None),
         (RLOOConfig, {"num_iterations": 4}, "combined"),
-        (RLOOConfig, {"num_iterations": 4, "use_vllm": True}, None),  # it has no weight for what vLLM draws
+        pytest.param(RLOOConfig, {"num_iterations": 4, "use_vllm": True}, None, marks=needs("vllm")),
         (RLOOConfig, {"num_iterations": 4, "kl_credit": "to_go"}, None),
         (RLOOConfig, {"num_iterations": 4, "kl_leave_out": ["eos"]}, None),
         (GMPOConfig, {"num_iterations": 4}, None),

@@ -443,7 +443,7 @@ class Largest(TorchDispatchMode):
 
 def test_logits_are_never_written_out(make_trainer, variant, monkeypatch):
     vocabulary = 3000
-    trainer = make_trainer(GRPOTrainer, kl="exact_in_reward")
+    trainer = make_trainer(GRPOTrainer, kl="exact_in_reward", kl_baseline=None)
     for model in (trainer.model, trainer.ref_model):
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     monkeypatch.setattr(host, "_CHUNKED_LOGPROB_CHUNK_SIZE", 256)  # TRL's own tiles
