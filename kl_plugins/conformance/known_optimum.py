@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.conformance.subject import Scored, Subject, from_spec
+from kl_plugins.conformance.subject import Scored, Subject, from_spec, terms_of
 from kl_plugins.core.reward_scale import EPSILON, reward_scale
 from kl_plugins.core.spec import KLSpec
-from kl_plugins.core.terms import kl_terms
 from kl_plugins.errors import ConfigError
 
 VOCABULARY = 6
@@ -349,7 +348,7 @@ class _Run:
         table = logits.log_softmax(-1)
         scored = replace(rollout.scored, logp=table.flatten()[rollout.cells])
         if self.inside is not None:
-            advantage = advantage - beta * _coefficient(self.inside, scored)
+            advantage = advantage - beta * terms_of(self.inside, scored).coefficient  # before any weight
         coefficient = -advantage * _clipped_ratio(scored, advantage, self.epsilon)
         found = torch.zeros_like(logits)
         if isinstance(self.beside, Subject):
@@ -364,18 +363,6 @@ class _Run:
         taken.view(-1).index_add_(0, rollout.cells.flatten(), coefficient.flatten())
         found += taken - table.exp() * taken.sum(-1, keepdim=True)
         return found / self.batch
-
-
-def _coefficient(spec: KLSpec, scored: Scored) -> Tensor:
-    """(N, T), before any weight: what `clip="combined"` puts into the advantage."""
-    return kl_terms(
-        spec,
-        logp=scored.logp,
-        ref_logp=scored.ref_logp,
-        mask=scored.mask,
-        behavior_logp=scored.behavior_logp,
-        group_size=scored.group_size if spec.baseline else None,
-    ).coefficient
 
 
 def _clipped_ratio(scored: Scored, advantage: Tensor, epsilon: float) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kl_plugins.core.exact import exact_kl
 from kl_plugins.core.registry import get_loss
 from kl_plugins.core.spec import KLSpec
-from kl_plugins.core.terms import assign_credit, kl_terms
+from kl_plugins.core.terms import KLTerms, assign_credit, kl_terms
 from kl_plugins.errors import ConfigError
 
 KINDS = ("loss", "reward", "coefficient")
@@ -147,17 +147,19 @@ def from_spec(spec: KLSpec, **fields: Any) -> Subject:
     if get_loss(spec.name).exact:
         return Subject(gradient=_exact_registered(spec), **fields)
 
-    def coefficient(scored: Scored) -> Tensor:
-        return kl_terms(
-            spec,
-            logp=scored.logp,
-            ref_logp=scored.ref_logp,
-            mask=scored.mask,
-            behavior_logp=scored.behavior_logp,
-            group_size=scored.group_size if spec.baseline else None,
-        ).score_coefficient
+    return Subject(coefficient=lambda scored: terms_of(spec, scored).score_coefficient, **fields)
 
-    return Subject(coefficient=coefficient, **fields)
+
+def terms_of(spec: KLSpec, scored: Scored) -> KLTerms:
+    """`kl_terms` of a sampled configuration."""
+    return kl_terms(
+        spec,
+        logp=scored.logp,
+        ref_logp=scored.ref_logp,
+        mask=scored.mask,
+        behavior_logp=scored.behavior_logp,
+        group_size=scored.group_size if spec.baseline else None,
+    )
 
 
 def _exact_registered(spec: KLSpec) -> Gradient:
