@@ -4,7 +4,7 @@ What:      trains a table of logits with every KL configuration, through TRL's G
            experience maker and actor, and in a bare loop at any length and with other frameworks' own functions; says
            how much of the best E[R] - beta KL each has reached, exactly: 0 is the reference, 1 the optimum
 Hardware:  2 CPU cores, no GPU, no network once TRL 1.12 is there (for PPO; `make evidence` puts it there)
-How long:  30 min on two idle cores; 2.5 min with --quick
+How long:  half an hour on two idle cores, and minutes with --quick: estimates, from runs beside other work
 Launch:    python recipes/known_optimum.py --quick
            python recipes/known_optimum.py --parts trl --seeds 2
            python recipes/known_optimum.py --docs docs

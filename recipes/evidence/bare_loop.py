@@ -126,7 +126,7 @@ SAID = {
 
 
 def jobs(quick):
-    """Every arm of every part; quick: what the orderings need that CI asserts."""
+    """Every arm of every part; quick: a few of them, which show that it runs."""
     if quick:
         wanted = [("lengths", "terminal", length, "on-policy") for length in (16, 64)]
         wanted += [("regimes", "hackable", 16, regime) for regime in ("on-policy", "8 updates stale")]
